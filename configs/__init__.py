@@ -1,0 +1,1 @@
+"""Experiments: each file holds one, its command in the docstring."""

@@ -1,0 +1,1 @@
+"""From media files to batches; numpy in, numpy out, no JAX."""

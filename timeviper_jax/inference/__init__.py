@@ -1,0 +1,1 @@
+"""Prefill, decoding, and answering questions about a video."""

@@ -1,0 +1,1 @@
+"""What both the language model and the encoders are made of."""

@@ -1,0 +1,1 @@
+"""The hybrid language model and TransV."""

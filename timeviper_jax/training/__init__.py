@@ -1,0 +1,1 @@
+"""Loss, optimizer, train step, checkpoints, metrics."""

@@ -1,0 +1,1 @@
+"""Encoders, token merging and projectors."""
