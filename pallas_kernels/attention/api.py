@@ -1,0 +1,82 @@
+"""Public entry point of attention: checks arguments, then picks an implementation."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.attention import xla
+from pallas_kernels.platform import target_platform
+
+Implementation = Literal["xla"]
+
+_PREFERRED: dict[str, Implementation] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    causal: bool,
+    q_segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    kv_mask: Bool[Array, "B S"] | None = None,
+    q_offset: Int[Array, ""] | int = 0,
+    kv_length: Int[Array, ""] | int | None = None,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention of N query heads on K key heads, N / K to each.
+
+    Query t sees key s where every rule that was asked for allows it: s <= q_offset + t
+    (causal), s < kv_length, equal segment ids, kv_mask. A query that sees no key reads
+    zeros. The softmax is in float32.
+
+    Args:
+      q: Queries.
+      k: Keys.
+      v: Values.
+      causal: Whether a query sees only the keys up to its own position.
+      q_segment_ids: Packed sequences; goes with `kv_segment_ids`.
+      kv_segment_ids: The same for keys.
+      kv_mask: False hides a key from every query of its row.
+      q_offset: The position of the first query among the keys.
+      kv_length: How many keys exist; the rest of a cache is ignored.
+      scale: Multiplies the logits; H ** -0.5 by default.
+      implementation: Which one to run. By default the fastest on this platform; a
+        named one is run or raises, never replaced.
+    """
+    _check(q, k, v, q_segment_ids, kv_segment_ids)
+    name = implementation or _PREFERRED[target_platform()]
+    run: dict[Implementation, Callable] = {"xla": xla.attention}
+    if name not in run:
+        raise ValueError(f"{implementation=} is not one of {get_args(Implementation)}.")
+    return run[name](
+        q,
+        k,
+        v,
+        causal=causal,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        kv_mask=kv_mask,
+        q_offset=q_offset,
+        kv_length=k.shape[1] if kv_length is None else kv_length,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def _check(q, k, v, q_segment_ids, kv_segment_ids) -> None:
+    N, K = q.shape[2], k.shape[2]
+    if N % K:
+        raise ValueError(
+            f"{N} query heads do not divide among {K} key heads: q {q.shape},"
+            f" k {k.shape}."
+        )
+    if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(
+            f"k {k.shape} and v {v.shape} must be alike and share batch and head width"
+            f" with q {q.shape}."
+        )
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError("Give q_segment_ids and kv_segment_ids together, or neither.")

@@ -1,0 +1,97 @@
+"""Public entry point of the causal convolution: checks arguments, picks who runs it."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.causal_conv1d import xla
+from pallas_kernels.platform import target_platform
+from pallas_kernels.segments import segment_starts
+
+Implementation = Literal["xla"]
+
+_PREFERRED: dict[str, Implementation] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+
+
+def causal_conv1d(
+    x: Float[Array, "B T C"],
+    weight: Float[Array, "K C"],
+    bias: Float[Array, "C"] | None = None,
+    *,
+    initial_state: Float[Array, "B K-1 C"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    activation: Literal["silu"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
+    """Convolves each channel with its own K taps over the present and the past.
+
+      y_t = activation(bias + sum_k weight[k] x_{t - (K - 1) + k})
+
+    `weight[K - 1]` multiplies the current token. The inputs before the first token are
+    `initial_state`; no tap reaches across the start of a segment.
+
+    Args:
+      x: Inputs.
+      weight: Taps, the oldest first.
+      bias: Added to every output; none by default.
+      initial_state: The K - 1 inputs before x, of the first token's segment; zeros by
+        default.
+      lengths: Valid tokens in each row of x, for the state; all by default. What y says
+        behind them means nothing.
+      segment_ids: Packed sequences; see `segments.segment_starts`.
+      activation: "silu" or none.
+      implementation: Which one to run. By default the fastest on this platform; a
+        named one is run or raises, never replaced.
+
+    Returns:
+      The outputs, and the last K - 1 valid inputs of the segment in progress: the
+      `initial_state` of a call that carries on. Both in x's dtype.
+    """
+    (B, T, C), K = x.shape, weight.shape[0]
+    if weight.shape != (K, C):
+        raise ValueError(f"weight {weight.shape} must be (K, {C}) for x {x.shape}.")
+    if initial_state is None:
+        initial_state = jnp.zeros((B, K - 1, C), x.dtype)
+    if initial_state.shape != (B, K - 1, C):
+        raise ValueError(
+            f"initial_state {initial_state.shape} must be {(B, K - 1, C)} for"
+            f" x {x.shape} and weight {weight.shape}."
+        )
+    if activation not in (None, "silu"):
+        raise ValueError(f'{activation=} must be "silu" or None.')
+    name = implementation or _PREFERRED[target_platform()]
+    run = {"xla": xla.causal_conv1d}
+    if name not in run:
+        raise ValueError(f"{implementation=} is not one of {get_args(Implementation)}.")
+
+    padded = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
+    runs = None if segment_ids is None else _runs(segment_ids, K)
+    y = run[name](padded, weight, bias, runs)
+    y = jax.nn.silu(y) if activation == "silu" else y
+    ends = jnp.full((B,), T) if lengths is None else lengths
+    return y.astype(x.dtype), _last_inputs(padded, runs, ends, K)
+
+
+def _runs(segment_ids: Int[Array, "B T"], K: int) -> Int[Array, "B I"]:
+    """Numbers the segments 0, 1, ... in order; the inputs before x are in the first."""
+    runs = jnp.cumsum(segment_starts(segment_ids), axis=1)
+    return jnp.pad(runs, [(0, 0), (K - 1, 0)])
+
+
+def _last_inputs(
+    padded: Float[Array, "B I C"],
+    runs: Int[Array, "B I"] | None,
+    ends: Int[Array, "B"],
+    K: int,
+) -> Float[Array, "B {K}-1 C"]:
+    """The K - 1 inputs before each row's end, zero where they are another segment's."""
+    index = ends[:, None] + jnp.arange(K - 1)  # B K-1
+    state = jnp.take_along_axis(padded, index[..., None], axis=1)
+    if runs is None:
+        return state
+    ending = jnp.take_along_axis(runs, (ends + K - 2)[:, None], axis=1)
+    same = jnp.take_along_axis(runs, index, axis=1) == ending
+    return jnp.where(same[..., None], state, 0)

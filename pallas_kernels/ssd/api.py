@@ -1,0 +1,119 @@
+"""Public entry point of the SSD op: checks arguments, then picks an implementation."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.platform import target_platform
+from pallas_kernels.segments import segment_starts
+from pallas_kernels.ssd import reference, scan
+
+Implementation = Literal["scan", "reference"]
+
+_PREFERRED: dict[str, Implementation] = {"cpu": "scan", "gpu": "scan", "tpu": "scan"}
+
+
+def ssd(
+    x: Float[Array, "B T N P"],
+    dt: Float[Array, "B T N"],
+    a: Float[Array, "N"],
+    b: Float[Array, "B T G S"],
+    c: Float[Array, "B T G S"],
+    *,
+    d: Float[Array, "N"] | None = None,
+    initial_state: Float[Array, "B N P S"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int = 64,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T N P"], Float[Array, "B N P S"]]:
+    """Runs Mamba-2's selective state space over a sequence.
+
+    For each head n in group g, starting from `initial_state`:
+
+      state_t = exp(a_n dt_t) state_{t-1} + dt_t x_t b_{g,t}^T
+      y_t     = state_t c_{g,t} + d_n x_t
+
+    A position with dt = 0 leaves the state as it was: mask padding by zeroing dt.
+
+    Args:
+      x: Inputs, N heads of P channels.
+      dt: Step sizes, already positive (after softplus and clipping).
+      a: Decay rates, negative.
+      b: Input maps, one per group of N / G heads.
+      c: Output maps, grouped like `b`.
+      d: Weights of the skip from x to y; no skip by default.
+      initial_state: State before the first token; zeros by default.
+      segment_ids: Packed sequences. The state starts from zero where the id changes,
+        except to 0, which is padding; the first token continues `initial_state`.
+      chunk_size: Tokens per chunk. Affects speed, not the result.
+      implementation: Which one to run. By default the fastest on this platform; a
+        named one is run or raises, never replaced.
+
+    Returns:
+      The outputs in x's dtype, and the state after the last token in float32.
+    """
+    _check(x, dt, a, b, c)
+    if chunk_size < 1:
+        raise ValueError(f"{chunk_size=} must be at least 1.")
+    name = implementation or _PREFERRED[target_platform()]
+    run: dict[Implementation, Callable] = {
+        "scan": lambda *args: scan.ssd(*args, chunk_size=chunk_size),
+        "reference": reference.ssd,
+    }
+    if name not in run:
+        raise ValueError(f"{implementation=} is not one of {get_args(Implementation)}.")
+
+    B, _, N, P = x.shape
+    if initial_state is None:
+        initial_state = jnp.zeros((B, N, P, b.shape[-1]))
+    starts = None if segment_ids is None else segment_starts(segment_ids)
+    wide = _accumulator(x, dt, a, b, c, initial_state)
+    y, state = run[name](*wide, starts)
+    return _add_skip(y, x, d).astype(x.dtype), state
+
+
+def ssd_step(
+    x: Float[Array, "B N P"],
+    dt: Float[Array, "B N"],
+    a: Float[Array, "N"],
+    b: Float[Array, "B G S"],
+    c: Float[Array, "B G S"],
+    state: Float[Array, "B N P S"],
+    *,
+    d: Float[Array, "N"] | None = None,
+) -> tuple[Float[Array, "B N P"], Float[Array, "B N P S"]]:
+    """One token of `ssd`: its output, and the state after it in float32."""
+    _check(x, dt, a, b, c)
+    y, state = reference.step(*_accumulator(x, dt, a, b, c, state))
+    return _add_skip(y, x, d).astype(x.dtype), state
+
+
+def _check(x, dt, a, b, c) -> None:
+    """The rules jaxtyping cannot state, and the shapes when it is not switched on."""
+    N, G = x.shape[-2], b.shape[-2]
+    if N % G:
+        raise ValueError(
+            f"{N} heads do not divide into {G} groups: x {x.shape}, b {b.shape}."
+        )
+    if b.shape != c.shape or b.shape[:-2] != x.shape[:-2]:
+        raise ValueError(
+            f"b {b.shape} and c {c.shape} must be alike and lead with x's"
+            f" {x.shape[:-2]}."
+        )
+    if dt.shape != x.shape[:-1] or a.shape != (N,):
+        raise ValueError(
+            f"dt {dt.shape} and a {a.shape} must be {x.shape[:-1]} and {(N,)} for"
+            f" x {x.shape}."
+        )
+
+
+def _accumulator(*arrays: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+    """Everything in float32 (float64 stays): the state, its decay and all sums."""
+    dtype = jnp.result_type(jnp.float32, *arrays)
+    return [z.astype(dtype) for z in arrays]
+
+
+def _add_skip(y, x, d):
+    return y if d is None else y + d[:, None].astype(y.dtype) * x.astype(y.dtype)
