@@ -1,0 +1,423 @@
+"""The hybrid language model: Mamba-2, attention and MLP blocks by a pattern string.
+
+Parameters are stacked by kind of mixer, so that the layers can run rolled (one
+`lax.scan` whose body switches on the kind: what lets the 9B compile) or unrolled
+(small models, inspection) from the same tree. TransV cuts the stack into segments;
+a forward pass is: segment, thin, segment, thin, …, norm, head.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from timeviper_jax.layers.attention import Attention, AttentionConfig
+from timeviper_jax.layers.cache import Cache, KVCache, MambaCache, Slots
+from timeviper_jax.layers.layout import Layout
+from timeviper_jax.layers.mamba2 import Mamba2, Mamba2Config
+from timeviper_jax.layers.mlp import MLP, MLPConfig
+from timeviper_jax.layers.norm import RMSNorm
+from timeviper_jax.llm import transv
+from timeviper_jax.llm.stream import Stream, take
+from timeviper_jax.llm.transv import Dropped, Stage
+
+KINDS = {"M": "mamba", "*": "attention", "-": "mlp"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """The whole language model in numbers; defaults are the family's.
+
+    `pattern` has one character a layer: M Mamba-2, * attention, - MLP. `log_base`
+    is `AttentionConfig`'s. `rolled` runs the stack as one scan; `remat` recomputes
+    each layer in the backward pass.
+    """
+
+    pattern: str
+    vocab_size: int
+    embed_dim: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ssm_heads: int
+    ssm_head_dim: int
+    ssm_groups: int
+    ssm_state: int
+    conv_kernel: int = 4
+    chunk_size: int = 128
+    norm_eps: float = 1e-5
+    dt_limit: tuple[float, float] = (0.0, float("inf"))
+    log_base: float = 0.0
+    transv: tuple[Stage, ...] = ()
+    init_std: float = 0.02
+    embed_std: float = 0.02
+    ssd: str = "auto"
+    rolled: bool = False
+    remat: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        unknown = set(self.pattern) - set(KINDS)
+        if unknown or not self.pattern:
+            raise ValueError(
+                f"pattern={self.pattern!r} must be made of {' '.join(KINDS)}."
+            )
+        transv.check_stages(self.transv, self.pattern)
+
+    @property
+    def layers(self) -> tuple[tuple[str, int], ...]:
+        """(kind, index in its stack) of every layer: the one place that maps them."""
+        seen = dict.fromkeys(KINDS, 0)
+        layers = []
+        for symbol in self.pattern:
+            layers.append((KINDS[symbol], seen[symbol]))
+            seen[symbol] += 1
+        return tuple(layers)
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """The layers [start, stop) between TransV's stages."""
+        cuts = [0, *(stage.layer for stage in self.transv), len(self.pattern)]
+        return tuple(zip(cuts, cuts[1:], strict=False))
+
+    @property
+    def attention(self) -> AttentionConfig:
+        return AttentionConfig(
+            embed_dim=self.embed_dim,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            log_base=self.log_base,
+            **self._common,
+        )
+
+    @property
+    def mamba(self) -> Mamba2Config:
+        return Mamba2Config(
+            embed_dim=self.embed_dim,
+            num_heads=self.ssm_heads,
+            head_dim=self.ssm_head_dim,
+            num_groups=self.ssm_groups,
+            state_dim=self.ssm_state,
+            conv_kernel=self.conv_kernel,
+            chunk_size=self.chunk_size,
+            norm_eps=self.norm_eps,
+            dt_limit=self.dt_limit,
+            implementation=self.ssd,
+            **self._common,
+        )
+
+    @property
+    def mlp(self) -> MLPConfig:
+        return MLPConfig(embed_dim=self.embed_dim, mlp_dim=self.mlp_dim, **self._common)
+
+    @property
+    def _common(self) -> dict[str, str | float]:
+        return dict(
+            init_std=self.init_std, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+
+
+class Block(nnx.Module):
+    """A pre-norm residual block; the caller adds what it returns."""
+
+    def __init__(
+        self, mixer: type, mixer_cfg: object, cfg: HybridConfig, *, rngs: nnx.Rngs
+    ):
+        self.norm = RMSNorm(
+            cfg.embed_dim, eps=cfg.norm_eps, param_dtype=cfg.param_dtype, rngs=rngs
+        )
+        self.mixer = mixer(mixer_cfg, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], *args: object
+    ) -> Float[Array, "B T D"] | tuple:
+        return self.mixer(self.norm(x), *args)
+
+
+def stack(count: int, create: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs):
+    """`count` modules as one whose parameters have a leading axis."""
+    split = nnx.split_rngs(splits=count)
+    return split(nnx.vmap(create, in_axes=0, out_axes=0))(rngs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a forward pass leaves: the stream after the last layer, normed.
+
+    `kept[i]` holds the positions that survive stage i, `scores[i]` its ranking by
+    attention. `layers[i]` is (input, mixer output) of block i, if recorded.
+    """
+
+    stream: Stream
+    kept: tuple[Int[Array, "B _"], ...] = ()
+    scores: tuple[Float[Array, "B _"] | None, ...] = ()
+    layers: tuple[tuple[Float[Array, "B _ D"], Float[Array, "B _ D"]], ...] = ()
+
+    @property
+    def hidden(self) -> Float[Array, "B T D"]:
+        return self.stream.x
+
+    @property
+    def positions(self) -> Int[Array, "B T"]:
+        return self.stream.positions
+
+
+class HybridLM(nnx.Module):
+    """Embeddings, stacked blocks, TransV transfers, final norm and head."""
+
+    def __init__(self, cfg: HybridConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed = nnx.Embed(
+            cfg.vocab_size,
+            cfg.embed_dim,
+            embedding_init=nnx.initializers.normal(cfg.embed_std),
+            dtype=cfg.dtype,
+            param_dtype=cfg.param_dtype,
+            rngs=rngs,
+        )
+        mixers = dict(
+            mamba=(Mamba2, cfg.mamba),
+            attention=(Attention, cfg.attention),
+            mlp=(MLP, cfg.mlp),
+        )
+        kinds = [kind for kind, _ in cfg.layers]
+        for kind, (mixer, mixer_cfg) in mixers.items():
+            if kind in kinds:
+                create = functools.partial(_create_block, mixer, mixer_cfg, cfg)
+                setattr(self, kind, stack(kinds.count(kind), create, rngs))
+        self.transv = nnx.List(
+            transv.Transfer(cfg.attention, rngs=rngs)
+            for stage in cfg.transv
+            if stage.transfer
+        )
+        self.norm = RMSNorm(
+            cfg.embed_dim, eps=cfg.norm_eps, param_dtype=cfg.param_dtype, rngs=rngs
+        )
+        self.head = nnx.Linear(
+            cfg.embed_dim,
+            cfg.vocab_size,
+            use_bias=False,
+            kernel_init=nnx.initializers.normal(cfg.init_std),
+            dtype=cfg.dtype,
+            param_dtype=cfg.param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, stream: Stream, *, record: bool = False) -> Output:
+        """One pass over whole rows. `record` keeps every block's input and output."""
+        kept, scores, layers = [], [], []
+        for i, (start, stop) in enumerate(self.cfg.segments):
+            if i:
+                stream, _, score = self.thin(i - 1, stream)
+                kept.append(stream.positions)
+                scores.append(score)
+            x, _, seen = self.run(stream.x, stream.layout, (start, stop), record=record)
+            stream = dataclasses.replace(stream, x=x)
+            layers.extend(seen)
+        stream = dataclasses.replace(stream, x=self.norm(stream.x))
+        return Output(
+            stream=stream, kept=tuple(kept), scores=tuple(scores), layers=tuple(layers)
+        )
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
+        """Next-token logits of normed hidden states, in float32."""
+        return self.head(hidden).astype(jnp.float32)
+
+    # Layers.
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        layout: Layout,
+        layers: tuple[int, int],
+        cache: Cache | None = None,
+        *,
+        record: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, list]:
+        """Runs the blocks [start, stop), from and to a cache if there is one."""
+        todo = self.cfg.layers[slice(*layers)]
+        seen = []
+        if not todo:
+            return x, cache, seen
+        if self.cfg.rolled and not record:
+            x, cache = self._run_rolled(x, layout, todo, cache)
+        else:
+            first = {kind: i for kind, i in reversed(todo)}
+            for kind, i in todo:
+                before = x
+                mixed, cache = self._mix(kind, i, i - first[kind], x, layout, cache)
+                x = x + mixed
+                if record:
+                    seen.append((before, mixed))
+        if cache is not None:
+            cache = dataclasses.replace(cache, slots=cache.slots.write(layout.valid))
+        return x, cache, seen
+
+    def _run_rolled(
+        self,
+        x: Float[Array, "B T D"],
+        layout: Layout,
+        todo: tuple[tuple[str, int], ...],
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        kinds = sorted({kind for kind, _ in todo})
+        first = {kind: i for kind, i in reversed(todo)}
+
+        def branch(kind):
+            return lambda i, x, cache: self._mix(
+                kind, i, i - first[kind], x, layout, cache
+            )
+
+        branches = [branch(kind) for kind in kinds]
+
+        def step(carry, layer):
+            x, cache = carry
+            mixed, cache = jax.lax.switch(layer[0], branches, layer[1], x, cache)
+            return (x + mixed, cache), None
+
+        table = jnp.array([(kinds.index(kind), i) for kind, i in todo], jnp.int32)
+        (x, cache), _ = jax.lax.scan(step, (x, cache), table)
+        return x, cache
+
+    def _mix(
+        self,
+        kind: str,
+        index: int | Int[Array, ""],
+        cache_index: int | Int[Array, ""],
+        x: Float[Array, "B T D"],
+        layout: Layout,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """One block's mixer output; `cache_index` counts within the cache's layers."""
+        graph, params = nnx.split(getattr(self, kind))
+
+        def block(x, layout, *args):
+            one = nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
+            return one(x, *(() if kind == "mlp" else (layout, *args)))
+
+        if self.cfg.remat:
+            block = jax.checkpoint(block)
+        if kind == "mlp":
+            return block(x, layout), cache
+        if cache is None:
+            return block(x, layout)[0], None
+        own = getattr(cache, kind)
+        here = jax.tree.map(lambda z: z[cache_index], own)
+        slots = (cache.slots,) if kind == "attention" else ()
+        mixed, here = block(x, layout, here, *slots)
+        own = jax.tree.map(lambda z, new: z.at[cache_index].set(new), own, here)
+        return mixed, dataclasses.replace(cache, **{kind: own})
+
+    # TransV.
+
+    def thin(
+        self, stage_index: int, stream: Stream
+    ) -> tuple[Stream, Dropped, Float[Array, "B T"] | None]:
+        """Runs one TransV stage: select, transfer, drop."""
+        stage = self.cfg.transv[stage_index]
+        scores = self.rank(stage, stream) if stage.select == "attention" else None
+        kept = transv.select_tokens(
+            stream.is_vision,
+            stream.segment_ids,
+            stream.vision_counts,
+            scores,
+            keep=stage.keep,
+            capacity=stream.original_capacity,
+            select=stage.select,
+        )
+        shorter, dropped = transv.split_stream(stream, kept, stage.keep)
+        if stage.transfer:
+            module = self.transfer_module(stage_index)
+            shorter = transv.transfer(module, shorter, dropped, stage.transfer_to)
+        return shorter, dropped, scores
+
+    def transfer_module(self, stage_index: int) -> transv.Transfer:
+        """The transfer of a stage; stages that only drop have none."""
+        before = self.cfg.transv[:stage_index]
+        return self.transv[sum(stage.transfer for stage in before)]
+
+    def rank(self, stage: Stage, stream: Stream) -> Float[Array, "B T"]:
+        """How much the last instruction token attends to each token at this layer.
+
+        Uses the layer's own q and k on the raw residual, before the block's norm, as
+        the published weights mean it. No gradient flows through a ranking.
+        """
+        x = jax.lax.stop_gradient(stream.x)
+        layer = self._attention_layer(self.cfg.layers[stage.layer][1])
+        at = transv.ranking_position(stream)
+        counts = take(stream.layout.counts(), at)
+        q, k = layer.mixer.query(take(x, at), counts), layer.mixer.k(x)
+        scores = transv.attention_scores(q, k, _visible(stream, at))
+        return jax.lax.stop_gradient(scores)
+
+    def _attention_layer(self, index: int) -> Block:
+        graph, params = nnx.split(self.attention)
+        return nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
+
+    def init_transfers(self) -> None:
+        """Starts each transfer from the nearest self-attention at or after its layer."""
+        transferring = [i for i, s in enumerate(self.cfg.transv) if s.transfer]
+        for i in transferring:
+            layer = self.cfg.transv[i].layer
+            kind, index = next(
+                (entry for entry in self.cfg.layers[layer:] if entry[0] == "attention"),
+                (None, None),
+            )
+            if kind is None:
+                raise ValueError(
+                    f"No attention layer at or after layer {layer} to start the"
+                    f" transfer of stage {i} from."
+                )
+            source = self._attention_layer(index).mixer
+            module = self.transfer_module(i)
+            for name in ("q", "k", "v", "out"):
+                kernel = getattr(source, name).kernel[...]
+                getattr(module, name).kernel[...] = kernel
+
+    # Caches.
+
+    def init_cache(self, layers: tuple[int, int], batch: int, capacity: int) -> Cache:
+        """An empty memory for the blocks [start, stop)."""
+        kinds = [kind for kind, _ in self.cfg.layers[slice(*layers)]]
+        m, a, cfg = kinds.count("mamba"), kinds.count("attention"), self.cfg
+        window = lambda dim: jnp.zeros(  # noqa: E731
+            (m, batch, cfg.conv_kernel - 1, dim), cfg.dtype
+        )
+        slots = (a, batch, capacity, cfg.num_kv_heads, cfg.head_dim)
+        state = (m, batch, cfg.ssm_heads, cfg.ssm_head_dim, cfg.ssm_state)
+        return Cache(
+            mamba=MambaCache(
+                conv_x=window(cfg.mamba.inner_dim),
+                conv_b=window(cfg.mamba.group_dim),
+                conv_c=window(cfg.mamba.group_dim),
+                state=jnp.zeros(state, jnp.float32),
+            ),
+            attention=KVCache(
+                k=jnp.zeros(slots, cfg.dtype), v=jnp.zeros(slots, cfg.dtype)
+            ),
+            slots=Slots(
+                valid=jnp.zeros((batch, capacity), bool), used=jnp.zeros((), jnp.int32)
+            ),
+        )
+
+
+def _create_block(
+    mixer: type, mixer_cfg: object, cfg: HybridConfig, rngs: nnx.Rngs
+) -> Block:
+    return Block(mixer, mixer_cfg, cfg, rngs=rngs)
+
+
+def _visible(stream: Stream, at: Int[Array, "B Z"]) -> Bool[Array, "B Z T"]:
+    """The tokens of its own sample up to each ranking token."""
+    T = stream.segment_ids.shape[1]
+    ids = jnp.arange(stream.num_segments + 1)[None, :, None]
+    mine = (stream.segment_ids[:, None, :] == ids) & (ids > 0)
+    return mine & (jnp.arange(T) <= at[..., None])

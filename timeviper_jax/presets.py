@@ -1,0 +1,95 @@
+"""Sizes of the models, by name. Everything else about a run is in its config."""
+
+from timeviper_jax.llm.hybrid import HybridConfig
+from timeviper_jax.llm.transv import Stage
+from timeviper_jax.timeviper import TimeViperConfig
+from timeviper_jax.vision.projector import ProjectorConfig
+from timeviper_jax.vision.vit import VitConfig
+
+SIGLIP_SO400M_384 = VitConfig(
+    image_size=384, patch_size=14, embed_dim=1152, depth=27, num_heads=16, mlp_dim=4304
+)
+
+# The paper's final setting: drop half before layer 7, keep a tenth from layer 39.
+TRANSV = (
+    Stage(layer=7, keep=0.5, select="uniform"),
+    Stage(layer=39, keep=0.1, select="attention"),
+)
+
+NANO_9B = HybridConfig(
+    pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    vocab_size=131_072,
+    embed_dim=4480,
+    mlp_dim=15_680,
+    num_heads=40,
+    num_kv_heads=8,
+    head_dim=128,
+    ssm_heads=128,
+    ssm_head_dim=80,
+    ssm_groups=8,
+    ssm_state=128,
+    transv=TRANSV,
+    rolled=True,
+    dtype="bfloat16",
+)
+
+_TINY_LLM = HybridConfig(
+    pattern="M-M*-M*-",
+    vocab_size=263,  # Bytes and the templates' special tokens.
+    embed_dim=32,
+    mlp_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ssm_heads=4,
+    ssm_head_dim=16,
+    ssm_groups=2,
+    ssm_state=8,
+    chunk_size=16,
+    transv=(
+        Stage(layer=1, keep=0.5, select="uniform"),
+        Stage(layer=6, keep=0.25, select="attention"),
+    ),
+)
+
+_SMALL_LLM = HybridConfig(
+    pattern="M-M*-M*-",
+    vocab_size=512,
+    embed_dim=128,
+    mlp_dim=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    ssm_heads=4,
+    ssm_head_dim=64,
+    ssm_groups=1,
+    ssm_state=32,
+    chunk_size=32,
+    log_base=128.0,
+)
+
+PRESETS = {
+    "tiny": TimeViperConfig(
+        vision=VitConfig(
+            image_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, mlp_dim=64
+        ),
+        projector=ProjectorConfig(vision_dim=32, llm_dim=32),
+        llm=_TINY_LLM,
+        tokens_per_frame=4,
+    ),
+    "small": TimeViperConfig(
+        vision=VitConfig(
+            image_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4, mlp_dim=256
+        ),
+        projector=ProjectorConfig(vision_dim=96, llm_dim=128),
+        llm=_SMALL_LLM,
+        tokens_per_frame=4,
+        time_digits=5,
+        num_labels=11,
+    ),
+    "nano_9b": TimeViperConfig(
+        vision=SIGLIP_SO400M_384,
+        projector=ProjectorConfig(vision_dim=1152, llm_dim=4480),
+        llm=NANO_9B,
+    ),
+}

@@ -1,0 +1,163 @@
+"""The model: frames and tokens in, next-token logits out.
+
+frames → vision encoder → token merging → projector → [TransV inside] hybrid language
+model → logits. A frame is encoded once and alone, so its merged features can be kept
+and take its place in a batch.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int, Num, UInt8
+
+from timeviper_jax.data.examples import Batch, Role
+from timeviper_jax.llm.hybrid import HybridConfig, HybridLM, Output
+from timeviper_jax.llm.stream import Stream, make_stream
+from timeviper_jax.llm.transv import Stage
+from timeviper_jax.vision.projector import Projector, ProjectorConfig
+from timeviper_jax.vision.tome import merge
+from timeviper_jax.vision.vit import Vit, VitConfig
+
+jax.tree_util.register_dataclass(
+    Batch,
+    data_fields=[f.name for f in dataclasses.fields(Batch) if f.name != "num_segments"],
+    meta_fields=["num_segments"],
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimeViperConfig:
+    """Encoder, merging, projector and language model, and what joins them.
+
+    `time_digits` > 0 tells the language model when each frame is shown: that many
+    decimal digits of its whole seconds, embedded and added to the frame's tokens
+    (beyond the paper). `num_labels` > 0 adds a head that classifies frames, with
+    which an encoder without pretraining is warmed up.
+    """
+
+    vision: VitConfig
+    projector: ProjectorConfig
+    llm: HybridConfig
+    tokens_per_frame: int = 16
+    time_digits: int = 0
+    num_labels: int = 0
+
+    def with_transv(self, stages: tuple[Stage, ...]) -> "TimeViperConfig":
+        """The same model with other TransV stages."""
+        llm = dataclasses.replace(self.llm, transv=tuple(stages))
+        return dataclasses.replace(self, llm=llm)
+
+
+class TimeDigits(nnx.Module):
+    """Embeds a time by the decimal digits of its whole seconds, one table a digit.
+
+    Digits make times of any length from parts that short videos already train.
+    """
+
+    def __init__(self, num_digits: int, dim: int, cfg: HybridConfig, *, rngs: nnx.Rngs):
+        self.dtype = cfg.dtype
+        init = nnx.initializers.normal(cfg.embed_std)
+        self.embedding = nnx.Param(
+            init(rngs.params(), (num_digits, 10, dim), cfg.param_dtype)
+        )
+
+    def __call__(self, seconds: Float[Array, "B F"]) -> Float[Array, "B F D"]:
+        table = self.embedding[...].astype(self.dtype)
+        places = jnp.arange(table.shape[0])
+        whole = jnp.floor(seconds).astype(jnp.int32)[..., None]
+        digits = whole // 10**places % 10  # B F digits
+        return jnp.sum(table[places, digits], axis=-2)
+
+
+class TimeViper(nnx.Module):
+    """A vision-language model for video of any length."""
+
+    def __init__(self, cfg: TimeViperConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.vision = Vit(cfg.vision, rngs=rngs)
+        self.projector = Projector(cfg.projector, rngs=rngs)
+        self.llm = HybridLM(cfg.llm, rngs=rngs)
+        if cfg.time_digits:
+            self.time = TimeDigits(
+                cfg.time_digits, cfg.llm.embed_dim, cfg.llm, rngs=rngs
+            )
+        if cfg.num_labels:
+            self.classifier = nnx.Linear(
+                cfg.llm.embed_dim,
+                cfg.num_labels,
+                dtype=cfg.llm.dtype,
+                param_dtype=cfg.llm.param_dtype,
+                rngs=rngs,
+            )
+
+    def __call__(self, batch: Batch) -> Float[Array, "B T vocab"]:
+        """Logits of the tokens that survive TransV; `forward` says which those are."""
+        return self.llm.logits(self.forward(batch).hidden)
+
+    def forward(self, batch: Batch, *, record: bool = False) -> Output:
+        """Everything up to the head, for rows that fit in one pass."""
+        return self.llm(self.embed(batch), record=record)
+
+    def encode(self, frames: Num[Array, "*B H W C"]) -> Float[Array, "*B V E"]:
+        """Merged features of frames, each alone: what is worth keeping of a frame."""
+        *lead, H, W, C = frames.shape
+        features = self.vision(frames.reshape(-1, H, W, C))
+        features, _ = merge(features, self.cfg.tokens_per_frame)
+        return features.reshape(*lead, *features.shape[1:])
+
+    def project(
+        self, features: Float[Array, "B F V E"], times: Float[Array, "B F"]
+    ) -> Float[Array, "B F V D"]:
+        """Vision tokens as the language model reads them."""
+        tokens = self.projector(features.astype(self.cfg.llm.dtype))
+        if not self.cfg.time_digits:
+            return tokens
+        return tokens + self.time(times)[:, :, None]
+
+    def embed(self, batch: Batch) -> Stream:
+        """Puts text embeddings and vision tokens in their places."""
+        features = batch.features
+        if features is None and batch.frames is not None:
+            features = self.encode(batch.frames)
+        capacity = 0
+        x = self.embed_text(batch.tokens, batch.roles)
+        if features is not None:
+            vision = self.project(features, batch.frame_times)
+            vision = rearrange(vision, "B F V D -> B (F V) D")
+            capacity = vision.shape[1]
+            x = _splice(x, vision, batch.roles)
+        return make_stream(
+            x,
+            batch.roles,
+            batch.segment_ids,
+            num_segments=batch.num_segments,
+            vision_capacity=capacity,
+        )
+
+    def embed_text(
+        self, tokens: Int[Array, "B T"], roles: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Text embeddings; zeros where a vision token will stand."""
+        vision = roles == Role.VISION
+        x = self.llm.embed(jnp.where(vision, 0, tokens))
+        return jnp.where(vision[..., None], 0, x)
+
+    def classify(
+        self, frames: UInt8[Array, "B H W C"] | Float[Array, "B H W C"]
+    ) -> Float[Array, "B labels"]:
+        """Label logits of single frames, from the mean of their vision tokens."""
+        tokens = self.projector(self.encode(frames))
+        return self.classifier(jnp.mean(tokens, axis=1)).astype(jnp.float32)
+
+
+def _splice(
+    x: Float[Array, "B T D"], vision: Float[Array, "B V D"], roles: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Puts the j-th vision token of a row where its j-th VISION role stands."""
+    is_vision = roles == Role.VISION
+    index = jnp.maximum(jnp.cumsum(is_vision, axis=1) - 1, 0)
+    tokens = jax.vmap(lambda row, i: row[i])(vision, index)
+    return jnp.where(is_vision[..., None], tokens.astype(x.dtype), x)
