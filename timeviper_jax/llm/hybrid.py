@@ -250,7 +250,7 @@ class HybridLM(nnx.Module):
         if self.cfg.rolled and not record:
             x, cache = self._run_rolled(x, layout, todo, cache)
         else:
-            first = {kind: i for kind, i in reversed(todo)}
+            first = dict(reversed(todo))
             for kind, i in todo:
                 before = x
                 mixed, cache = self._mix(kind, i, i - first[kind], x, layout, cache)
@@ -269,7 +269,7 @@ class HybridLM(nnx.Module):
         cache: Cache | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         kinds = sorted({kind for kind, _ in todo})
-        first = {kind: i for kind, i in reversed(todo)}
+        first = dict(reversed(todo))
 
         def branch(kind):
             return lambda i, x, cache: self._mix(
