@@ -363,7 +363,7 @@ class HybridLM(nnx.Module):
         return nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
 
     def init_transfers(self) -> None:
-        """Starts each transfer from the nearest self-attention at or after its layer."""
+        """Starts each transfer as the nearest self-attention at or after its layer."""
         transferring = [i for i, s in enumerate(self.cfg.transv) if s.transfer]
         for i in transferring:
             layer = self.cfg.transv[i].layer
