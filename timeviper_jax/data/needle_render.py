@@ -1,0 +1,154 @@
+"""From a plan to an encoded file: haystack shots, photographs over them, H.264.
+
+Frames are composed as planar YUV 4:2:0, the encoder's own format, a shot at a time.
+"""
+
+import dataclasses
+import fractions
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from timeviper_jax.data import needle_sources as sources
+from timeviper_jax.data.needle_scenes import Scene, Showing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RenderConfig:
+    """How frames look and how they are encoded."""
+
+    size: int = 64  # Pixels, even.
+    shots: int = 384  # Different shots in the pool of a split.
+    shot_frames: tuple[int, int] = (2, sources.SHOT)
+    photo_share: tuple[float, float] = (0.6875, 1.0)  # 44 to 64 of 64 pixels.
+    crf: int = 25
+    preset: str = "ultrafast"
+    gop: int = 16
+
+
+Overlay = tuple[slice, slice, UInt8[np.ndarray, "F S S"], UInt8[np.ndarray, "F S S 2"]]
+
+
+def draw_overlay(
+    rng: np.random.Generator,
+    image: Image.Image,
+    view: sources.View,
+    frames: int,
+    cfg: RenderConfig,
+) -> Overlay:
+    """One showing of a photograph: a slowly drifting view of it, somewhere in frame."""
+    low, high = (round(share * cfg.size) // 2 for share in cfg.photo_share)
+    half = int(rng.integers(low, high + 1))
+    side = rng.uniform(*view.scales) * min(image.size)
+    boxes = sources.drifting_boxes(rng, *image.size, side, frames, speed=0.015)
+    pixels = sources.crops([image] * frames, boxes, 2 * half)
+    if view.mirrored:
+        pixels = pixels[:, :, ::-1]
+    luma, chroma = sources.yuv420(pixels)
+    luma = _relight(rng, luma)
+    top, left = rng.integers(0, cfg.size // 2 - half + 1, 2)
+    return slice(top, top + half), slice(left, left + half), luma, chroma
+
+
+def _relight(rng: np.random.Generator, luma: np.ndarray) -> np.ndarray:
+    """Changes contrast and brightness, within the limited range of video."""
+    gain, offset = rng.uniform(0.75, 1.2), rng.uniform(-16, 16)
+    levels = np.clip((np.arange(256) - 126) * gain + 126 + offset, 16, 235)
+    return levels.astype(np.uint8)[luma]
+
+
+def _planes(packed: UInt8[np.ndarray, "F Z"], size: int) -> list[np.ndarray]:
+    """Views of packed frames: luma, then the two half-size chroma planes."""
+    F, luma, half = len(packed), size * size, size // 2
+    y = packed[:, :luma].reshape(F, size, size)
+    u, v = np.moveaxis(packed[:, luma:].reshape(F, 2, half, half), 1, 0)
+    return [y, u, v]
+
+
+def draw_haystack_frames(
+    rng: np.random.Generator, pool: sources.Haystack, seconds: int, cfg: RenderConfig
+) -> UInt8[np.ndarray, "F Z"]:
+    """`seconds` frames of shots that follow each other without a break."""
+    size, half = cfg.size, cfg.size // 2
+    packed = np.empty((seconds, size * size * 3 // 2), np.uint8)
+    y, u, v = _planes(packed, size)
+    slack = pool.chroma.shape[2] - half
+    at = 0
+    while at < seconds:
+        low, high = cfg.shot_frames
+        count = min(int(rng.integers(low, high + 1)), seconds - at)
+        shot = rng.integers(len(pool.luma))
+        first = rng.integers(0, sources.SHOT - count + 1)
+        top, left = rng.integers(0, slack + 1, 2)
+        mirror = -1 if rng.random() < 0.5 else 1
+        now, moments = slice(at, at + count), slice(first, first + count)
+        luma = pool.luma[
+            shot, moments, 2 * top : 2 * top + size, 2 * left : 2 * left + size
+        ]
+        chroma = pool.chroma[shot, moments, top : top + half, left : left + half]
+        y[now] = _relight(rng, luma)[:, :, ::mirror]
+        u[now], v[now] = np.moveaxis(chroma[:, :, ::mirror], -1, 0)
+        at += count
+    return packed
+
+
+def paste(packed: UInt8[np.ndarray, "F Z"], overlay: Overlay, size: int) -> None:
+    """Writes an overlay over packed frames, in place."""
+    rows, columns, luma, chroma = overlay
+    y, u, v = _planes(packed, size)
+    fine = [slice(2 * s.start, 2 * s.stop) for s in (rows, columns)]
+    y[:, fine[0], fine[1]] = luma
+    u[:, rows, columns], v[:, rows, columns] = np.moveaxis(chroma, -1, 0)
+
+
+def render_scene(
+    rng: np.random.Generator,
+    scene: Scene,
+    pool: sources.Haystack,
+    look: Callable[[Showing], tuple[Image.Image, sources.View]],
+    cfg: RenderConfig,
+) -> UInt8[np.ndarray, "F Z"]:
+    """The packed frames of one scene; `look` says what a showing shows."""
+    packed = draw_haystack_frames(rng, pool, scene.length, cfg)
+    for showing in scene.showings:
+        image, view = look(showing)
+        overlay = draw_overlay(rng, image, view, showing.stop - showing.start, cfg)
+        now = slice(showing.start - scene.start, showing.stop - scene.start)
+        paste(packed[now], overlay, cfg.size)
+    return packed
+
+
+def _frames(
+    blocks: Iterable[UInt8[np.ndarray, "F Z"]], size: int
+) -> Iterator[av.VideoFrame]:
+    for block in blocks:
+        for packed in block.reshape(-1, size * 3 // 2, size):
+            yield av.VideoFrame.from_ndarray(packed, format="yuv420p")
+
+
+def encode(
+    path: pathlib.Path, blocks: Iterable[UInt8[np.ndarray, "F Z"]], cfg: RenderConfig
+) -> None:
+    """Writes packed frames as H.264 at 1 fps; the file appears only when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    options = {"preset": cfg.preset, "crf": str(cfg.crf), "tune": "fastdecode"}
+    with av.open(
+        str(part), "w", format="mp4", options={"movflags": "faststart"}
+    ) as container:
+        stream = container.add_stream("libx264", rate=1, options=options)
+        stream.width = stream.height = cfg.size
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.gop_size, context.thread_count = cfg.gop, 1
+        context.time_base = fractions.Fraction(1, 1)
+        for second, frame in enumerate(_frames(blocks, cfg.size)):
+            frame.pts = second
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    part.replace(path)
