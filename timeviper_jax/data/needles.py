@@ -4,23 +4,26 @@ python -m timeviper_jax.data.needles --out data/needles
 python -m timeviper_jax.data.needles --out data/small --scale 0.05 --seed 1
 python -m timeviper_jax.data.needles --describe data/needles
 
-A video of your own, with the photographs and times you choose:
+A video of your own, with the pictures and times you choose (needle_handmade.py):
 
 python -m timeviper_jax.data.needles --file out.mp4 --length 60 \
     --clip my.mp4 --needle photo.png@12-17 --needle cat@40-44
 
-The data directory then holds, for each split, the videos, `SPLIT.jsonl` (one
-question a line) and `SPLIT.scenes.jsonl` (one scene a line: what is shown when).
+The data directory holds, for each split, the videos, `SPLIT.jsonl` (one question a
+line) and `SPLIT.scenes.jsonl` (one scene a line: what is shown when); beside them
+`tokenizer.json`, learnt from the training questions, and `config.json`.
 """
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,22 +32,26 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from timeviper_jax.data import needle_handmade as handmade
 from timeviper_jax.data import needle_questions as questions
 from timeviper_jax.data import needle_render as render
 from timeviper_jax.data import needle_sources as sources
 from timeviper_jax.data.needle_scenes import Scene, SceneConfig, Showing, draw_scene
 from timeviper_jax.data.tokenizer import train_bpe
 
+SPLITS = ("train", "heldout", "heldout_views")
+VOCABULARY = 512
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeedlesConfig:
-    """What is made. Counts are of scenes, except where a name says files."""
+    """What is made; a number in a name is the seconds of a scene."""
 
     seed: int = 0
-    reel: int = 10_240  # Seconds in one training file of many scenes.
-    train_32: int = 2_560  # In reels.
-    train_512: int = 100  # In reels.
-    train_files_32: int = 200  # Files of one scene each.
+    reel: int = 10_240  # Seconds in a training file of many scenes.
+    train_32: int = 2_560  # Scenes in reels.
+    train_512: int = 100  # Scenes in reels.
+    train_files_32: int = 200  # Files of one scene each, as all that follow.
     heldout_32: int = 220
     heldout_512: int = 116
     heldout_2048: int = 24
@@ -58,16 +65,9 @@ class NeedlesConfig:
         counts = {
             field.name: max(1, round(getattr(self, field.name) * scale))
             for field in dataclasses.fields(self)
-            if field.name.startswith(tuple(SPLITS))
+            if field.name.startswith(SPLITS)
         }
         return dataclasses.replace(self, **counts)
-
-
-SPLITS = ("train", "heldout", "heldout_views")
-VOCABULARY = 512
-TIME_PROMPT = (
-    "The video lasts for {} seconds, and {} frames are uniformly sampled from it."
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,9 @@ class File:
     def seconds(self) -> int:
         return sum(self.lengths)
 
+    def scene_id(self, number: int) -> str:
+        return f"{self.split}/{self.name}/{number}"
+
 
 def _reels(length: int, scenes: int, reel: int) -> Iterator[tuple[int, ...]]:
     """Scenes of one length, as many a file as fit into `reel` seconds."""
@@ -99,7 +102,7 @@ def _reels(length: int, scenes: int, reel: int) -> Iterator[tuple[int, ...]]:
 
 def list_files(cfg: NeedlesConfig) -> list[File]:
     """Every file of the data set."""
-    named = [
+    wanted = [
         ("train", f"reel{length:05d}", lengths)
         for length, scenes in ((32, cfg.train_32), (512, cfg.train_512))
         for lengths in _reels(length, scenes, cfg.reel)
@@ -112,15 +115,13 @@ def list_files(cfg: NeedlesConfig) -> list[File]:
         ("heldout", 10_240, cfg.heldout_10240),
         ("heldout_views", 32, cfg.heldout_views_32),
     ):
-        named += [(split, f"scene{length:05d}", (length,))] * count
-    numbers, in_split = collections.Counter(), collections.Counter()
+        wanted += [(split, f"scene{length:05d}", (length,))] * count
+    seen = collections.Counter()
     files = []
-    for split, stem, lengths in named:
-        name = f"{stem}_{numbers[split, stem]:04d}"
-        number = in_split[split]
-        files.append(File(split=split, name=name, number=number, lengths=lengths))
-        numbers[split, stem] += 1
-        in_split[split] += 1
+    for split, stem, lengths in wanted:
+        name = f"{stem}_{seen[split, stem]:04d}"
+        files.append(File(split=split, name=name, number=seen[split], lengths=lengths))
+        seen.update([split, (split, stem)])
     return files
 
 
@@ -139,55 +140,18 @@ def plan(file: File, cfg: NeedlesConfig) -> list[Scene]:
     ]
 
 
-def ask(file: File, cfg: NeedlesConfig) -> Iterator[dict[str, Any]]:
+def ask(
+    file: File, scenes: Sequence[Scene], cfg: NeedlesConfig
+) -> Iterator[dict[str, Any]]:
     """The manifest's items for a file, one a question."""
-    for i, scene in enumerate(plan(file, cfg)):
-        asked = questions.ask(_rng(cfg, file, i, 1), scene, sources.NAMES, cfg.scenes)
+    for i, scene in enumerate(scenes):
+        rng = _rng(cfg, file, i, 1)
+        asked = questions.ask(rng, scene, sources.NAMES, cfg.scenes)
         for j, question in enumerate(asked):
-            yield manifest_item(file.split, file.path, i, j, scene, question)
-
-
-def manifest_item(
-    split: str,
-    path: str,
-    scene_number: int,
-    number: int,
-    scene: Scene,
-    question: questions.Question,
-) -> dict[str, Any]:
-    """One question in the conversation format; `needle` is for evaluation only."""
-    about = question.about
-    scene_id = f"{path.removesuffix('.mp4')}/{scene_number}"
-    return {
-        "id": f"{scene_id}/{number}",
-        "image": path,
-        "video_start": scene.start,
-        "video_end": scene.stop,
-        "duration": scene.length,
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{question.text}"},
-            {"from": "gpt", "value": question.answer},
-        ],
-        "needle": {
-            "kind": question.kind,
-            "frames": scene.length,
-            "depth": ((about.start + about.stop) / 2 - scene.start) / scene.length,
-            "objects": [dataclasses.astuple(s) for s in scene.showings],
-            "span": [about.start, about.stop],
-            "scene": scene_id,
-            "split": split,
-        },
-    }
-
-
-def _scene_item(file: File, number: int, scene: Scene) -> dict[str, Any]:
-    return {
-        "scene": f"{file.path.removesuffix('.mp4')}/{number}",
-        "image": file.path,
-        "video_start": scene.start,
-        "video_end": scene.stop,
-        "objects": [dataclasses.astuple(s) for s in scene.showings],
-    }
+            item = questions.item(scene, question, image=file.path)
+            item["id"] = f"{file.scene_id(i)}/{j}"
+            item["needle"] |= {"scene": file.scene_id(i), "split": file.split}
+            yield item
 
 
 def make_file(file: File, cfg: NeedlesConfig, out: pathlib.Path) -> int:
@@ -207,82 +171,200 @@ def make_file(file: File, cfg: NeedlesConfig, out: pathlib.Path) -> int:
     return file.seconds
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def _write_lines(path: pathlib.Path, items: Sequence[dict[str, Any]]) -> None:
-    _write(path, "".join(json.dumps(item) + "\n" for item in items))
-
-
-def _check_config(out: pathlib.Path, cfg: NeedlesConfig) -> None:
-    """Refuses to mix two data sets in one directory."""
-    path = out / "config.json"
-    text = json.dumps(dataclasses.asdict(cfg), indent=1)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise SystemExit(
-            f"{out} holds data made with other settings (see {path}); "
-            "use another --out, or remove it."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    _write(path, text)
-
-
 def make(out: pathlib.Path, cfg: NeedlesConfig, workers: int) -> None:
     """Makes the data set in `out`, or what is missing of it."""
     sources.check_sources()
     _check_config(out, cfg)
     files = list_files(cfg)
     missing = [file for file in files if not (out / file.path).exists()]
-    missing.sort(key=lambda file: -file.seconds)  # Long ones first: no lone straggler.
-    if missing:
-        _make_files(missing, cfg, out, workers)
+    # Long ones first, so that no worker is left alone with one at the end.
+    _make_files(sorted(missing, key=lambda file: -file.seconds), cfg, out, workers)
     for split in SPLITS:
-        mine = [file for file in files if file.split == split]
-        items = [item for file in mine for item in ask(file, cfg)]
-        _write_lines(out / f"{split}.jsonl", items)
-        scenes = [
-            _scene_item(file, i, scene)
-            for file in mine
-            for i, scene in enumerate(plan(file, cfg))
-        ]
-        _write_lines(out / f"{split}.scenes.jsonl", scenes)
-        if split == "train":
-            _train_tokenizer(out, items)
+        _write_manifests(split, [f for f in files if f.split == split], cfg, out)
+    if not (out / "tokenizer.json").exists():
+        _train_tokenizer(out)
 
 
-def _train_tokenizer(out: pathlib.Path, items: Sequence[dict[str, Any]]) -> None:
-    """Writes `tokenizer.json`, learnt from the training questions and answers."""
-    turns = [turn["value"] for item in items for turn in item["conversations"]]
-    texts = [text.removeprefix("<image>\n") for text in turns]
-    part = out / ".tokenizer.part.json"
-    train_bpe([*texts, TIME_PROMPT], VOCABULARY, part)
-    part.replace(out / "tokenizer.json")
+def _check_config(out: pathlib.Path, cfg: NeedlesConfig) -> None:
+    """Refuses to mix two data sets in one directory."""
+    path = out / "config.json"
+    text = json.dumps(dataclasses.asdict(cfg), indent=1)
+    if path.exists() and json.loads(path.read_text()) != json.loads(text):
+        raise ValueError(
+            f"{out} holds data made with other settings (see {path}); use another "
+            "--out, or remove it."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    _write(path, text)
 
 
 def _make_files(
     files: list[File], cfg: NeedlesConfig, out: pathlib.Path, workers: int
 ) -> None:
+    if not files:
+        return
     job = functools.partial(make_file, cfg=cfg, out=out)
     total = sum(file.seconds for file in files)
-    with (
-        tqdm(total=total, unit=" frames", unit_scale=True, desc="needles") as bar,
-        multiprocessing.get_context("spawn").Pool(workers) as pool,
-    ):
-        for seconds in pool.imap_unordered(job, files):
+    with tqdm(total=total, unit=" frames", unit_scale=True, desc="needles") as bar:
+        for seconds in _map(job, files, workers):
             bar.update(seconds)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0)
+def _map(job, files: list[File], workers: int) -> Iterator[int]:
+    """Results in the order they come; processes only where more than one is wanted."""
+    if workers == 1:
+        yield from map(job, files)
+        return
+    with concurrent.futures.ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_leave_interrupts_to_parent,
+    ) as pool:
+        try:
+            for done in concurrent.futures.as_completed(
+                [pool.submit(job, file) for file in files]
+            ):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _write_manifests(
+    split: str, files: list[File], cfg: NeedlesConfig, out: pathlib.Path
+) -> None:
+    """Writes a split's questions and timeline, unless they are there."""
+    paths = [out / f"{split}.jsonl", out / f"{split}.scenes.jsonl"]
+    if all(path.exists() for path in paths):
+        return
+    asked, timeline = [], []
+    for file in files:
+        scenes = plan(file, cfg)
+        asked += ask(file, scenes, cfg)
+        timeline += [
+            {"scene": file.scene_id(i), **questions.where(scene, file.path)}
+            for i, scene in enumerate(scenes)
+        ]
+    for path, items in zip(paths, (asked, timeline), strict=True):
+        _write(path, "".join(json.dumps(item) + "\n" for item in items))
+
+
+def _train_tokenizer(out: pathlib.Path) -> None:
+    """Writes `tokenizer.json`, learnt from the training questions and answers."""
+    turns = [
+        turn["value"]
+        for item in read_lines(out / "train.jsonl")
+        for turn in item["conversations"]
+    ]
+    part = out / ".tokenizer.part.json"
+    train_bpe([turn.removeprefix("<image>\n") for turn in turns], VOCABULARY, part)
+    part.replace(out / "tokenizer.json")
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The items of a JSONL file of this data set."""
+    if not path.is_file():
+        raise ValueError(
+            f"There is no {path}; make it with "
+            f"`python -m timeviper_jax.data.needles --out {path.parent}`."
+        )
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def describe(out: pathlib.Path) -> str:
+    """A table of what a data directory holds: files, scenes, questions by kind."""
+    head = ("split", "seconds", "scenes", *questions.KINDS)
+    rows = [head]
+    for split in SPLITS:
+        asked = collections.Counter(
+            (item["needle"]["frames"], item["needle"]["kind"])
+            for item in read_lines(out / f"{split}.jsonl")
+        )
+        scenes = collections.Counter(
+            item["duration"] for item in read_lines(out / f"{split}.scenes.jsonl")
+        )
+        for length, count in sorted(scenes.items()):
+            kinds = [asked[length, kind] for kind in questions.KINDS]
+            rows.append((split, length, count, *kinds))
+    table = [" ".join(f"{cell!s:>13}" for cell in row) for row in rows]
+    videos = list(out.glob("*/*.mp4"))
+    size = sum(video.stat().st_size for video in videos) / 1e6
+    return "\n".join([f"{out}: {len(videos)} videos, {size:.0f} MB", *table])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=pathlib.Path, help="make the data set here")
+    what.add_argument("--describe", type=pathlib.Path, help="say what is there")
+    what.add_argument("--file", type=pathlib.Path, help="make one video by hand")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    args = parser.parse_args(argv)
-    make(args.out, NeedlesConfig(seed=args.seed).scaled(args.scale), args.workers)
+    parser.add_argument("--scale", type=float, default=1.0, help="times all counts")
+    handmade.add_flags(parser.add_argument_group("with --file"))
+    _add_flags(parser.add_argument_group("with --out"), NeedlesConfig())
+    return parser
+
+
+def _add_flags(group: argparse._ArgumentGroup, defaults: Any) -> None:
+    """A flag for each field of the configs; those not given stay out of the result."""
+    for field in dataclasses.fields(defaults):
+        value = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            _add_flags(group, value)
+            continue
+        many = dict(nargs=len(value)) if isinstance(value, tuple) else {}
+        kind = type(value[0] if many else value)
+        text = f"default {' '.join(map(str, value)) if many else value}"
+        flag = f"--{field.name}"
+        group.add_argument(
+            flag, type=kind, help=text, default=argparse.SUPPRESS, **many
+        )
+
+
+def _override(defaults: Any, flags: dict[str, Any]) -> Any:
+    """The config with the given flags in it, in its nested configs too."""
+    changes = {}
+    for field in dataclasses.fields(defaults):
+        value = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = _override(value, flags)
+        elif field.name in flags:
+            given = flags[field.name]
+            changes[field.name] = tuple(given) if isinstance(given, list) else given
+    return dataclasses.replace(defaults, **changes)
+
+
+def _run(args: argparse.Namespace) -> str:
+    if args.file:
+        return handmade.run(args, _override(NeedlesConfig(), vars(args)).video)
+    if args.out:
+        cfg = _override(NeedlesConfig().scaled(args.scale), vars(args))
+        make(args.out, cfg, args.workers)
+    return describe(args.out or args.describe)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    try:
+        print(_run(args))
+    except (sources.SourceError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped; the same command goes on from here.") from None
 
 
 if __name__ == "__main__":
