@@ -103,8 +103,8 @@ def _gather_sums(
 ) -> Float[Array, "B X E"]:
     """Adds the sources' values to the destinations', which come last.
 
-    A product with a one-hot matrix: a hundredth of a percent of the encoder's work,
-    and unlike a scatter it is fast on every backend.
+    A product with a one-hot matrix: under a thousandth of the encoder's work, and
+    unlike a scatter it is fast on every backend and adds in a fixed order.
     """
     sums = jnp.einsum(
         "BSX,BSE->BXE", goes, values[:, ::2], precision=jax.lax.Precision.HIGHEST
