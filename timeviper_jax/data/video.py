@@ -8,6 +8,7 @@ Files that cannot give what was asked raise `VideoError`, never a wrong frame.
 import contextlib
 import dataclasses
 import fractions
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +22,7 @@ from timeviper_jax.data.images import resize_naive
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # Where no index tells where the key frames are, they are taken to be this far apart.
-_GOP_SECONDS = 10
+_GOP_SECONDS = 10.0
 # A seek costs about as much as decoding this many frames.
 _SEEK_FRAMES = 8
 # Containers that do not count their frames also round their duration.
@@ -30,6 +31,9 @@ _NO_TIMESTAMPS = (
     "zero frames, or none with a timestamp; write it again as an mp4"
     " (ffmpeg -i FILE out.mp4)."
 )
+
+
+Number = float | int
 
 
 class VideoError(Exception):
@@ -69,7 +73,7 @@ def probe(path: str | pathlib.Path) -> VideoInfo:
 
 
 def sample_times(
-    duration: float, num_frames: int, *, start: float = 0.0, end: float | None = None
+    duration: Number, num_frames: int, *, start: Number = 0, end: Number | None = None
 ) -> Float64[np.ndarray, "F"]:
     """Mid-points of `num_frames` equal spans of the video, in seconds.
 
@@ -87,13 +91,13 @@ def sample_times(
 
 
 def fps_times(
-    duration: float,
-    fps: float,
+    duration: Number,
+    fps: Number,
     max_frames: int,
     min_frames: int = 1,
     *,
-    start: float = 0.0,
-    end: float | None = None,
+    start: Number = 0,
+    end: Number | None = None,
 ) -> Float64[np.ndarray, "F"]:
     """`fps` times a second, but spread evenly if too many or too few."""
     seconds = (duration if end is None else end) - start
@@ -186,7 +190,10 @@ def _open(
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise VideoError(f"{path}: holds no video; give a file with a picture.")
+                raise VideoError(
+                    f"{path}: not a video, or cut short before its first frame; give"
+                    " another file."
+                )
             stream = container.streams.video[0]
             stream.thread_type = "SLICE"
             stream.codec_context.thread_count = 1
@@ -254,31 +261,29 @@ class _Reader:
         self._has_index = 0 < stream.frames <= len(stream.index_entries)
         self._converter = VideoReformatter()
         self._quarter_turns: int | None = None  # Phones film sideways and say so.
-        self._decoded = 0
-        self._sought = False
+        self._decoded = 0  # Since the last seek.
 
     def frames(
         self, times: Float64[np.ndarray, "F"], size: int
     ) -> Iterator[UInt8[np.ndarray, "{size} {size} 3"]]:
         """Yields the frame on screen at each time."""
+        self._check_length()
         stamps = self._decode()
         shown, converted = None, None
         coming: tuple[int, av.VideoFrame] | None = next(stamps, None)
-        for target in self._to_ticks(times):
+        for target in self._targets(times):
             if coming is not None and (key := self._key_ahead(coming[0], target)):
                 stamps, coming = self._seek(key, target)
-                shown = None
+                shown, converted = None, None
             while coming is not None and coming[0] <= target:
                 shown, converted = coming[1], None
                 coming = next(stamps, None)
-            if coming is None:
-                self._check_end(shown)
             if converted is None:
                 # Before the first frame there is nothing to show but the first frame.
                 converted = self._convert(shown or coming[1], size)
             yield converted
 
-    def _to_ticks(self, times: Float64[np.ndarray, "F"]) -> list[int]:
+    def _targets(self, times: Float64[np.ndarray, "F"]) -> list[int]:
         """Times in the stream's own unit."""
         if len(times) and not 0 <= times[0] <= times[-1] <= self._duration + 1e-3:
             raise VideoError(
@@ -291,28 +296,34 @@ class _Reader:
 
     def _decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """Frames from here on, each with the tick at which it appears."""
-        for frame in self._sound_frames():
-            stamp = frame.pts
-            if self._numbered:
-                stamp = self._origin + self._decoded * self._frame_ticks
-            elif stamp is None:
-                raise VideoError(f"{self._path}: {_NO_TIMESTAMPS}")
-            self._decoded += 1
-            yield stamp, frame
+        end = None
+        for frames, is_last in self._decode_packets():
+            stamps = [self._stamp(frame, i) for i, frame in enumerate(frames)]
+            self._decoded += len(frames)
+            if frames:
+                end = stamps[-1] + (frames[-1].duration or self._frame_ticks)
+            if is_last:
+                self._check_end(end)
+            yield from zip(stamps, frames, strict=True)
 
-    def _sound_frames(self) -> Iterator[av.VideoFrame]:
-        """Frames up to the end, or to the first damage."""
+    def _decode_packets(self) -> Iterator[tuple[list[av.VideoFrame], bool]]:
+        """The frames that each packet completes, and whether it is the last."""
         try:
             for packet in self._container.demux(self._stream):
                 if packet.is_corrupt:
-                    break
-                yield from packet.decode()
-            else:
-                return
-        except av.error.InvalidDataError:
-            pass  # What was asked for beyond it will be missed in `_check_end`.
-        # What came whole before the damage is still in the decoder.
-        yield from self._stream.codec_context.decode(None)
+                    raise self._cut_short(self._decoded)
+                # The empty packet at the end brings out what the decoder held back.
+                yield packet.decode(), packet.dts is None and packet.size == 0
+        except av.error.InvalidDataError as error:
+            raise self._cut_short(self._decoded) from error
+
+    def _stamp(self, frame: av.VideoFrame, index: int) -> int:
+        """The tick at which a frame appears, `index` frames after those decoded."""
+        if self._numbered:
+            return self._origin + (self._decoded + index) * self._frame_ticks
+        if frame.pts is None:
+            raise VideoError(f"{self._path}: {_NO_TIMESTAMPS}")
+        return frame.pts
 
     def _key_ahead(self, here: int, target: int) -> int | None:
         """Where to seek on the way from `here` to `target`, if that saves work."""
@@ -323,16 +334,16 @@ class _Reader:
             entries = self._stream.index_entries
             key = entries[entries.search_timestamp(target)].timestamp
             return key if key - here > worth else None
-        return target if target - here > self._seconds(_GOP_SECONDS) else None
+        return target if target - here > self._ticks(_GOP_SECONDS) else None
 
     def _seek(
         self, key: int, target: int
     ) -> tuple[Iterator[tuple[int, av.VideoFrame]], tuple[int, av.VideoFrame] | None]:
         """Decodes from the last key frame that is on screen by `target`."""
-        self._sought = True
         step = _SEEK_FRAMES * self._frame_ticks
         while True:
             self._container.seek(max(key, self._origin), stream=self._stream)
+            self._decoded = 0
             # Frames before the key frame may lean on others that were not decoded.
             stamps = self._decode()
             coming = next((s for s in stamps if s[1].key_frame), None)
@@ -350,25 +361,37 @@ class _Reader:
             rgb = np.ascontiguousarray(np.rot90(rgb, self._quarter_turns))
         return resize_naive(rgb, size)
 
-    def _check_end(self, last: av.VideoFrame | None) -> None:
-        """Raises if the stream has ended before it was said to."""
-        declared = self._stream.frames
-        if not self._sought and 0 < declared <= self._decoded:
-            return
-        if self._numbered or last is None:
-            missing = declared - self._decoded
-        else:
-            end = last.pts + (last.duration or self._frame_ticks)
-            gap = self._origin + self._seconds(self._duration) - end
-            loose = 0 if declared else self._seconds(_LOOSE_END_SECONDS)
-            missing = 0 if gap <= loose else round(gap / self._frame_ticks)
-        total = declared or self._seconds(self._duration) // self._frame_ticks
-        if missing > 0 or last is None:
-            decoded = total - missing if self._sought else self._decoded
-            raise VideoError(
-                f"{self._path}: only {decoded} of {total} frames can be decoded; the"
-                " file is cut short or damaged: copy it again."
-            )
+    def _check_length(self) -> None:
+        """Raises if the index lists frames that lie beyond the end of the file."""
+        size = self._path.stat().st_size
+        entries = self._stream.index_entries
+        if self._has_index and entries[-1].pos + entries[-1].size > size:
+            raise self._cut_short(sum(e.pos + e.size <= size for e in entries))
 
-    def _seconds(self, seconds: float) -> int:
+    def _check_end(self, end: int | None) -> None:
+        """Raises if the stream ends before it was said to.
+
+        The count alone would accuse sound files: one cut out of another without
+        encoding it anew may begin with frames that cannot be decoded.
+        """
+        if end is None:
+            raise self._cut_short(0)
+        gap = self._origin + self._ticks(self._duration) - end
+        slack = self._frame_ticks // 2
+        if not self._stream.frames:
+            slack = self._ticks(_LOOSE_END_SECONDS)
+        if gap > slack:
+            missing = math.ceil(gap / self._frame_ticks)
+            raise self._cut_short(max(0, self._num_frames() - missing))
+
+    def _num_frames(self) -> int:
+        return self._stream.frames or self._ticks(self._duration) // self._frame_ticks
+
+    def _ticks(self, seconds: float) -> int:
         return round(seconds / self._stream.time_base)
+
+    def _cut_short(self, decoded: int) -> VideoError:
+        return VideoError(
+            f"{self._path}: only {decoded} of {self._num_frames()} frames can be"
+            " decoded; the file is cut short or damaged: copy it again."
+        )
