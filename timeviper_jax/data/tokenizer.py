@@ -8,7 +8,7 @@ characters. The id that stands for a vision token, `image_id`, follows the vocab
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -28,6 +28,7 @@ SPECIALS = (
 _TEMPLATE_WORDS = "System\nUser\nAssistant\nsystem\nuser\nassistant\n"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the package needs of a tokenizer."""
 
