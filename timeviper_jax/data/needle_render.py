@@ -42,7 +42,14 @@ class RenderConfig:
             raise ValueError(f"photo_share={self.photo_share} must lie in 0.1 to 1.")
 
 
-Overlay = tuple[slice, slice, UInt8[np.ndarray, "F S S"], UInt8[np.ndarray, "F S S 2"]]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overlay:
+    """A photograph's pixels and their corner, in pixels of chroma: half the frame's."""
+
+    top: int
+    left: int
+    luma: UInt8[np.ndarray, "F S S"]
+    chroma: UInt8[np.ndarray, "F S/2 S/2 2"]
 
 
 def draw_overlay(
@@ -62,8 +69,8 @@ def draw_overlay(
         pixels = pixels[:, :, ::-1]
     luma, chroma = sources.yuv420(pixels)
     luma = _relight(rng, luma)
-    top, left = rng.integers(0, cfg.size // 2 - half + 1, 2)
-    return slice(top, top + half), slice(left, left + half), luma, chroma
+    top, left = rng.integers(0, cfg.size // 2 - half + 1, 2).tolist()
+    return Overlay(top=top, left=left, luma=luma, chroma=chroma)
 
 
 def _relight(rng: np.random.Generator, luma: np.ndarray) -> np.ndarray:
@@ -85,36 +92,45 @@ def draw_haystack_frames(
     rng: np.random.Generator, pool: sources.Haystack, seconds: int, cfg: RenderConfig
 ) -> UInt8[np.ndarray, "F Z"]:
     """`seconds` frames of shots that follow each other without a break."""
-    size, half = cfg.size, cfg.size // 2
-    packed = np.empty((seconds, size * size * 3 // 2), np.uint8)
-    y, u, v = _planes(packed, size)
-    slack = pool.chroma.shape[2] - half
+    packed = np.empty((seconds, cfg.size * cfg.size * 3 // 2), np.uint8)
+    y, u, v = _planes(packed, cfg.size)
     at = 0
     while at < seconds:
         low, high = cfg.shot_frames
         count = min(int(rng.integers(low, high + 1)), seconds - at)
-        shot = rng.integers(len(pool.luma))
-        first = rng.integers(0, sources.SHOT - count + 1)
-        top, left = rng.integers(0, slack + 1, 2)
-        mirror = -1 if rng.random() < 0.5 else 1
-        now, moments = slice(at, at + count), slice(first, first + count)
-        luma = pool.luma[
-            shot, moments, 2 * top : 2 * top + size, 2 * left : 2 * left + size
-        ]
-        chroma = pool.chroma[shot, moments, top : top + half, left : left + half]
-        y[now] = _relight(rng, luma)[:, :, ::mirror]
-        u[now], v[now] = np.moveaxis(chroma[:, :, ::mirror], -1, 0)
+        now = slice(at, at + count)
+        y[now], chroma = _draw_shot(rng, pool, count, cfg.size)
+        u[now], v[now] = np.moveaxis(chroma, -1, 0)
         at += count
     return packed
 
 
+def _draw_shot(
+    rng: np.random.Generator, pool: sources.Haystack, count: int, size: int
+) -> tuple[UInt8[np.ndarray, "F S S"], UInt8[np.ndarray, "F S/2 S/2 2"]]:
+    """Luma and chroma of a shot: cut, turned and lit at random."""
+    shot = rng.integers(len(pool.luma))
+    first = rng.integers(0, sources.SHOT - count + 1)
+    moments = slice(first, first + count)
+    slack = pool.chroma.shape[2] - size // 2
+    top, left = rng.integers(0, slack + 1, 2).tolist()
+    mirror = -1 if rng.random() < 0.5 else 1
+    luma = _window(pool.luma[shot, moments], 2 * top, 2 * left, size)
+    chroma = _window(pool.chroma[shot, moments], top, left, size // 2)
+    return _relight(rng, luma)[:, :, ::mirror], chroma[:, :, ::mirror]
+
+
 def paste(packed: UInt8[np.ndarray, "F Z"], overlay: Overlay, size: int) -> None:
     """Writes an overlay over packed frames, in place."""
-    rows, columns, luma, chroma = overlay
     y, u, v = _planes(packed, size)
-    fine = [slice(2 * s.start, 2 * s.stop) for s in (rows, columns)]
-    y[:, fine[0], fine[1]] = luma
-    u[:, rows, columns], v[:, rows, columns] = np.moveaxis(chroma, -1, 0)
+    top, left, half = overlay.top, overlay.left, overlay.chroma.shape[1]
+    _window(y, 2 * top, 2 * left, 2 * half)[:] = overlay.luma
+    _window(u, top, left, half)[:] = overlay.chroma[..., 0]
+    _window(v, top, left, half)[:] = overlay.chroma[..., 1]
+
+
+def _window(plane: np.ndarray, top: int, left: int, side: int) -> np.ndarray:
+    return plane[:, top : top + side, left : left + side]
 
 
 def render_scene(

@@ -37,12 +37,12 @@ PHOTOS = {
     "camera": Photo("camera.png"),
     "cat": Photo("chelsea.png", (0.15, 0.0, 0.85, 1.0)),
     "coffee": Photo("coffee.png", (0.1, 0.0, 0.8, 1.0)),
-    "coins": Photo("coins.png"),
+    "coin": Photo("coins.png"),
     "eye": Photo("retina.jpg"),
     "moon": Photo("moon.png"),
     "page": Photo("page.png"),
     "rocket": Photo("rocket.jpg", (0.15, 0.0, 0.85, 1.0)),
-    "stars": Photo("hubble_deep_field.jpg"),
+    "sky": Photo("hubble_deep_field.jpg"),
 }
 NAMES = tuple(PHOTOS)
 

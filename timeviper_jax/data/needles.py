@@ -11,7 +11,8 @@ python -m timeviper_jax.data.needles --file out.mp4 --length 60 \
 
 The data directory holds, for each split, the videos, `SPLIT.jsonl` (one question a
 line) and `SPLIT.scenes.jsonl` (one scene a line: what is shown when); beside them
-`tokenizer.json`, learnt from the training questions, and `config.json`.
+`data.yaml`, the manifest that names the splits, `tokenizer.json`, learnt from the
+training questions, and `config.json`, the settings that made it all.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from timeviper_jax.data.tokenizer import train_bpe
 
 SPLITS = ("train", "heldout", "heldout_views")
 VOCABULARY = 512
+MOST_FRAMES = 10_240
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,8 +183,23 @@ def make(out: pathlib.Path, cfg: NeedlesConfig, workers: int) -> None:
     _make_files(sorted(missing, key=lambda file: -file.seconds), cfg, out, workers)
     for split in SPLITS:
         _write_manifests(split, [f for f in files if f.split == split], cfg, out)
+    _write(out / "data.yaml", "data:\n" + "".join(map(_dataset, SPLITS)))
     if not (out / "tokenizer.json").exists():
         _train_tokenizer(out)
+
+
+def _dataset(split: str) -> str:
+    """A split's entry in `data.yaml`: every second of a scene, however long."""
+    return f"""\
+  - name: needles_{split}
+    split: {split}
+    format: conversation
+    json_path: {split}.jsonl
+    data_path: .
+    dataset_type: video
+    video_sample_type: fps1
+    max_num_frames_fps: {MOST_FRAMES}
+"""
 
 
 def _check_config(out: pathlib.Path, cfg: NeedlesConfig) -> None:
