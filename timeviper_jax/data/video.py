@@ -51,6 +51,11 @@ class VideoInfo:
     width: int
 
 
+def is_image(path: str | pathlib.Path) -> bool:
+    """Whether `path` is a still picture, to be shown once, by its name."""
+    return pathlib.Path(path).suffix.lower() in IMAGE_SUFFIXES
+
+
 def probe(path: str | pathlib.Path) -> VideoInfo:
     """Reads duration and sizes without decoding a video's frames."""
     path = pathlib.Path(path)
@@ -141,14 +146,14 @@ def iter_frames(
 def _image_files(path: pathlib.Path) -> list[pathlib.Path]:
     """The images that `path` stands for; none if it is a video file."""
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(filter(is_image, path.iterdir()))
         if not files:
             raise VideoError(
                 f"{path}: a folder without images; put its frames there as"
                 f" {', '.join(sorted(IMAGE_SUFFIXES))}."
             )
         return files
-    return [path] if path.suffix.lower() in IMAGE_SUFFIXES else []
+    return [path] if is_image(path) else []
 
 
 def _iter_images(

@@ -1,0 +1,399 @@
+"""Manifests: a YAML list of data sets, each a JSON or JSONL file of items.
+
+    data:
+      - name: llava_video
+        format: conversation  # Or caption, tvg, dvc; `_packed` lets items share rows.
+        json_path: llava_video.jsonl  # Relative to this file.
+        data_path: videos
+        dataset_type: video
+        video_sample_type: fps1  # Or rand, middle.
+        max_num_frames_fps: 256
+
+An item is {"id", "image", "conversations"} or {"id", "image", "caption"}. `image`
+names media, several as "a.jpg | b.jpg": images, videos, folders of frames. In
+conversations each `<image>` stands for the next of them; without any, they all come
+first. `video_start` and `video_end` cut a window (seconds) out of each video.
+
+A key that is not known here is an error, so a misspelt one never goes unnoticed.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import yaml
+
+from timeviper_jax.data.conversation import Media, Turn
+from timeviper_jax.data.video import Number, fps_times, sample_times
+
+FORMATS = ("caption", "conversation", "tvg", "dvc")
+TIME_PROMPT = (
+    "The video lasts for {} seconds, and {} frames are uniformly sampled from it."
+)
+GROUNDING_PROMPT = (
+    "When does this happen in the video: '{}'? Answer with the start and the end in"
+    " seconds, as 'start to end'."
+)
+CAPTION_PROMPTS = (
+    "Describe the {}.",
+    "What does the {} show?",
+    "Say what can be seen in the {}.",
+    "Give a caption for the {}.",
+)
+# A newline beside a marker belongs to it: media and text have no separator.
+_MARKER = re.compile(r"\n?<image>\n?")
+_SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be read as written; names the file, item and reason."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which moments of a video become frames."""
+
+    kind: str = (
+        "fps"  # fps, or a number of spans with frames in their `middle`, `rand`.
+    )
+    fps: Number = 1
+    num_frames: int | None = None  # None: one for each 1 / fps seconds.
+    max_frames: int = 256
+    min_frames: int = 1
+
+    def times(
+        self,
+        start: Number,
+        end: Number,
+        rng: np.random.Generator,
+        *,
+        capacity: int,
+    ) -> np.ndarray:
+        """Ascending seconds between `start` and `end`, at most `capacity` of them."""
+        if self.num_frames is not None:
+            times = sample_times(end, self.num_frames, start=start)
+        else:
+            most = min(self.max_frames, capacity)
+            least = min(self.min_frames, most)
+            times = fps_times(end, self.fps, most, least, start=start)
+        if self.kind == "rand":
+            times = times + rng.uniform(-0.5, 0.5, len(times)) * (
+                (end - start) / len(times)
+            )
+        return times
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """One entry of a manifest."""
+
+    name: str
+    format: str
+    json_path: str
+    data_path: str = "."
+    split: str = "train"
+    dataset_type: str = "video"  # Or image; names the medium in caption prompts.
+    pack_size: int = 1  # Items that may share a row; the format says `_packed`.
+    max_size: int | None = None  # Use at most this many items.
+    sample_ratio: Number = 1  # Share of the items used; over 1 repeats them.
+    max_txt_seq_len: int | None = None  # Items with more text tokens are skipped.
+    use_template: bool = True  # For tvg: wrap the query in a question.
+    video_sample_type: str = "fps1"
+    video_num_frames: int | str = "auto"
+    max_num_frames_fps: int = 256
+    min_num_frames_fps: int = 1
+
+    @property
+    def kind(self) -> str:
+        return self.format.removesuffix("_packed")
+
+    @property
+    def sampling(self) -> Sampling:
+        kind, fps = self.video_sample_type, 1
+        if kind.startswith("fps"):
+            kind, fps = "fps", float(kind.removeprefix("fps"))
+        fixed = self.video_num_frames != "auto"
+        return Sampling(
+            kind=kind,
+            fps=fps,
+            num_frames=self.video_num_frames if fixed else None,
+            max_frames=self.max_num_frames_fps,
+            min_frames=self.min_num_frames_fps,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """One sample as it stands in a manifest, its media still files."""
+
+    id: str
+    dataset: Dataset
+    media: tuple[str, ...]  # Paths.
+    conversation: tuple[tuple[str, str], ...]  # Speaker and text with markers.
+    duration: Number | None = None
+    start: Number | None = None
+    end: Number | None = None
+    notes: Mapping[str, Any] | None = None  # What evaluation wants to know.
+
+    def turns(
+        self, num_frames: Sequence[int], seconds: Number, rng: np.random.Generator
+    ) -> list[Turn]:
+        """The conversation, once each medium's frames and the length are known."""
+        kind = self.dataset.kind
+        if kind == "caption":
+            prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
+            question = prompt.format(self.dataset.dataset_type)
+            return [
+                Turn("user", (*map(Media, num_frames), question)),
+                Turn("assistant", (self.conversation[0][1],)),
+            ]
+        turns = _place_media(self.conversation, num_frames)
+        if kind in ("tvg", "dvc"):
+            lasts = round(self.duration or seconds, 2)
+            times = TIME_PROMPT.format(f"{lasts:.12g}", sum(num_frames))
+            turns = list(self._with_times(turns, times))
+        return turns
+
+    def _with_times(self, turns: Sequence[Turn], times: str) -> Iterator[Turn]:
+        """Says how long the video is, after the media of the first question."""
+        said = False
+        for turn in turns:
+            if turn.speaker != "user" or said:
+                yield turn
+                continue
+            said = True
+            media = tuple(part for part in turn.content if isinstance(part, Media))
+            text = "".join(part for part in turn.content if isinstance(part, str))
+            if self.dataset.kind == "tvg" and self.dataset.use_template:
+                text = GROUNDING_PROMPT.format(text)
+            yield Turn("user", (*media, f"{times} {text}"))
+
+
+def load(path: str | pathlib.Path, split: str) -> list[Item]:
+    """The items of every data set of `split`, in the manifest's order."""
+    path = pathlib.Path(path)
+    spec = _parse(path, yaml.safe_load, yaml.YAMLError)
+    if not isinstance(spec, dict) or set(spec) != {"data"}:
+        raise ManifestError(f"{path}: write the data sets as a list under 'data:'.")
+    datasets = [
+        _dataset(entry, path, f"{path}: data set {i}")
+        for i, entry in enumerate(spec["data"])
+    ]
+    items = [
+        item for dataset in datasets if dataset.split == split for item in read(dataset)
+    ]
+    if not items:
+        splits = sorted({dataset.split for dataset in datasets})
+        raise ManifestError(f"{path}: no items of split {split!r}; it has {splits}.")
+    return items
+
+
+def read(dataset: Dataset) -> list[Item]:
+    """The items of one data set, as many and as often as it asks for."""
+    path = pathlib.Path(dataset.json_path)
+    items = [
+        _item(raw, dataset, f"{path}: item {i}") for i, raw in enumerate(_raw(path))
+    ][: dataset.max_size]
+    repeats, part = divmod(round(len(items) * dataset.sample_ratio), len(items) or 1)
+    rng = np.random.default_rng(zlib.crc32(dataset.name.encode()))
+    some = np.sort(rng.permutation(len(items))[:part])
+    return items * repeats + [items[i] for i in some]
+
+
+def _raw(path: pathlib.Path) -> list[Any]:
+    """The parsed items of a JSON list, or of JSON lines."""
+    if path.suffix == ".json":
+        items = _parse(path, json.loads, json.JSONDecodeError)
+        if not isinstance(items, list):
+            raise ManifestError(f"{path}: holds no list; write the items as one.")
+        return items
+    if path.suffix != ".jsonl":
+        raise ManifestError(f"{path}: neither .json nor .jsonl; rename or convert it.")
+    lines = _parse(path, str.splitlines, UnicodeDecodeError)
+    items = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            items.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ManifestError(f"{path}: line {number}: no JSON ({error}).") from error
+    return items
+
+
+def _parse(path: pathlib.Path, parse: Any, error: type[Exception]) -> Any:
+    if not path.is_file():
+        raise ManifestError(f"{path}: no such file; check the path.")
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (error, UnicodeDecodeError) as problem:
+        reason = " ".join(str(problem).split())
+        raise ManifestError(f"{path}: cannot be read ({reason}).") from problem
+
+
+def _dataset(entry: Any, manifest: pathlib.Path, where: str) -> Dataset:
+    """Checks an entry of a manifest; its paths are relative to the manifest."""
+    _check_keys(entry, {field.name for field in dataclasses.fields(Dataset)}, where)
+    for field in dataclasses.fields(Dataset):
+        required = field.default is dataclasses.MISSING
+        if field.name not in entry:
+            if required:
+                raise ManifestError(f"{where}: {field.name!r} is missing.")
+        elif not isinstance(entry[field.name], field.type):
+            raise ManifestError(
+                f"{where}: {field.name}={entry[field.name]!r} is not of type"
+                f" {getattr(field.type, '__name__', field.type)}."
+            )
+    dataset = Dataset(**entry)
+    if dataset.kind not in FORMATS:
+        raise ManifestError(
+            f"{where}: format={dataset.format!r} is not one of {FORMATS}, nor one of"
+            " them with _packed."
+        )
+    if dataset.pack_size < 1 or dataset.format.endswith("_packed") != (
+        dataset.pack_size > 1
+    ):
+        raise ManifestError(
+            f"{where}: format={dataset.format} with pack_size={dataset.pack_size};"
+            " items share rows if the format ends in _packed and pack_size is above 1."
+        )
+    if not re.fullmatch(r"rand|middle|fps\d+(\.\d+)?", dataset.video_sample_type):
+        raise ManifestError(
+            f"{where}: video_sample_type={dataset.video_sample_type!r} is none of rand,"
+            " middle, and fps with a number (fps1)."
+        )
+    frames = dataset.video_num_frames
+    if frames != "auto" and not isinstance(frames, int):
+        raise ManifestError(
+            f"{where}: video_num_frames={frames!r}; use a count or auto."
+        )
+    if frames != "auto" and dataset.video_sample_type.startswith("fps"):
+        raise ManifestError(
+            f"{where}: video_num_frames={frames} contradicts"
+            f" video_sample_type={dataset.video_sample_type}; use auto, or middle."
+        )
+    folder = manifest.parent
+    return dataclasses.replace(
+        dataset,
+        json_path=str(folder / dataset.json_path),
+        data_path=str(folder / dataset.data_path),
+    )
+
+
+_ITEM_KEYS = {
+    *("id", "image", "conversations", "caption"),
+    *("duration", "video_start", "video_end"),
+    "needle",  # What the evaluation of the needle data wants to know; see `Item.notes`.
+}
+
+
+def _item(raw: Any, dataset: Dataset, where: str) -> Item:
+    _check_keys(raw, _ITEM_KEYS, where)
+    where = f"{where} (id {raw.get('id')!r})"
+    names = _text(raw.get("image", ""), f"{where}: image")
+    media = tuple(
+        str(pathlib.Path(dataset.data_path) / name.strip())
+        for name in names.split(" | ")
+        if name.strip()
+    )
+    if dataset.kind == "caption":
+        caption = _text(raw.get("caption"), f"{where}: caption")
+        conversation = (("assistant", caption),)
+    else:
+        conversation = tuple(_conversation(raw.get("conversations"), where))
+        _check_markers(conversation, len(media), where)
+    start, end = _window(raw, where)
+    return Item(
+        id=str(raw.get("id", where)),
+        dataset=dataset,
+        media=media,
+        conversation=conversation,
+        duration=_number(raw.get("duration"), f"{where}: duration"),
+        start=start,
+        end=end,
+        notes=raw.get("needle"),
+    )
+
+
+def _conversation(raw: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Speakers and texts: perhaps the system, then questions and answers in turn."""
+    if not isinstance(raw, list) or not raw:
+        raise ManifestError(f"{where}: 'conversations' is no list of turns.")
+    expected = ("user", "system")
+    for number, turn in enumerate(raw):
+        place = f"{where}: turn {number}"
+        _check_keys(turn, {"from", "value"}, place)
+        speaker = _SPEAKERS.get(turn.get("from"))
+        if speaker not in expected:
+            raise ManifestError(
+                f"{place}: from={turn.get('from')!r}, but human and gpt must take"
+                " turns, human first (after system, if any)."
+            )
+        expected = ("assistant",) if speaker == "user" else ("user",)
+        yield speaker, _text(turn.get("value"), f"{place}: value")
+    if speaker != "assistant":
+        raise ManifestError(f"{where}: the last turn is no answer; end with gpt's.")
+
+
+def _check_markers(
+    conversation: Sequence[tuple[str, str]], num_media: int, where: str
+) -> None:
+    markers = sum(len(_MARKER.findall(text)) for _, text in conversation)
+    if markers not in {0, num_media} and not (markers == 1 and num_media):
+        raise ManifestError(
+            f"{where}: {markers} <image> markers for {num_media} media; give as many,"
+            " or one for all, or none (the media come first)."
+        )
+
+
+def _place_media(
+    conversation: Sequence[tuple[str, str]], num_frames: Sequence[int]
+) -> list[Turn]:
+    """Puts media in the places of their markers, or before the first question."""
+    markers = sum(len(_MARKER.findall(text)) for _, text in conversation)
+    if markers == len(num_frames):
+        waiting = [(Media(count),) for count in num_frames]
+    else:
+        waiting = [tuple(map(Media, num_frames))]
+    turns = []
+    for speaker, text in conversation:
+        first, *others = _MARKER.split(text)
+        content: tuple[str | Media, ...] = (first,)
+        if speaker == "user" and not markers:
+            content, waiting = (*sum(waiting, ()), first), []
+        for other in others:
+            content += (*waiting.pop(0), other)
+        turns.append(Turn(speaker, tuple(part for part in content if part != "")))
+    return turns
+
+
+def _window(raw: Mapping[str, Any], where: str) -> tuple[Number | None, Number | None]:
+    start = _number(raw.get("video_start"), f"{where}: video_start")
+    end = _number(raw.get("video_end"), f"{where}: video_end")
+    if end is not None and not (start or 0) < end:
+        raise ManifestError(f"{where}: the window from {start} to {end} s is empty.")
+    return start, end
+
+
+def _check_keys(raw: Any, known: set[str], where: str) -> None:
+    if not isinstance(raw, dict):
+        raise ManifestError(f"{where}: not a mapping of keys to values: {raw!r:.60}.")
+    if unknown := sorted(set(raw) - known):
+        raise ManifestError(
+            f"{where}: unknown {unknown}; the keys are {sorted(known)}."
+        )
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ManifestError(f"{where} is {value!r:.60}; give a text.")
+    return value
+
+
+def _number(value: Any, where: str) -> Number | None:
+    if value is not None and (not isinstance(value, Number) or value < 0):
+        raise ManifestError(f"{where} is {value!r:.60}; give seconds from 0 on.")
+    return value
