@@ -1,0 +1,74 @@
+"""Features are found by what a file holds and by who encoded it."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from timeviper_jax.data.features import FeatureStore, second_times
+from timeviper_jax.data.video import VideoError
+
+
+@pytest.fixture
+def video(film, tmp_path):
+    return shutil.copy(film("seconds.mp4", 10), tmp_path / "video.mp4")
+
+
+def features(num_frames=10):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(num_frames, 2, 3)).astype(np.float16)
+
+
+def test_what_was_put_is_got(tmp_path, video):
+    store = FeatureStore(tmp_path / "store", "vit-1")
+    assert video not in store
+    store.put(video, features())
+    assert video in store
+    np.testing.assert_array_equal(store.get(video), features())
+    again = FeatureStore(tmp_path / "store", "vit-1")
+    np.testing.assert_array_equal(again.get(video), features())
+
+
+def test_a_moved_file_keeps_its_features_and_a_changed_one_loses_them(
+    film, tmp_path, video
+):
+    store = FeatureStore(tmp_path / "store", "vit-1")
+    store.put(video, features())
+    moved = shutil.move(video, tmp_path / "moved.mp4")
+    assert moved in store
+    shutil.copy(film("other.mp4", 11), video)
+    assert video not in store
+    with pytest.raises(LookupError, match="video.mp4 by 'vit-1'.*encode the videos"):
+        store.get(video)
+
+
+def test_another_encoder_has_other_features(tmp_path, video):
+    FeatureStore(tmp_path / "store", "vit-1").put(video, features())
+    assert video not in FeatureStore(tmp_path / "store", "vit-2")
+
+
+def test_times_find_the_second_they_lie_in(tmp_path, video):
+    store = FeatureStore(tmp_path / "store", "vit-1")
+    store.put(video, features())
+    got = store.at(video, np.array([0.0, 0.99, 3.5, 9.9, 10.0]))
+    np.testing.assert_array_equal(got, features()[[0, 0, 3, 9, 9]])
+    assert second_times(3.4).tolist() == [0.5, 1.5, 2.5]
+    assert second_times(0.3).tolist() == [0.3]
+
+
+def test_a_write_that_fails_leaves_nothing_to_be_found(tmp_path, video, monkeypatch):
+    store = FeatureStore(tmp_path / "store", "vit-1")
+
+    def fail(file, array):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        store.put(video, features())
+    assert video not in store
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(VideoError, match="missing.mp4: no such file"):
+        FeatureStore(tmp_path, "vit-1").get(tmp_path / "missing.mp4")

@@ -1,0 +1,99 @@
+"""Encoded frames on disk, so that a frozen encoder sees each video only once.
+
+A video's features are those of its seconds: frame k is the one on screen at k + 0.5 s.
+Files are known by their content, encoders by a fingerprint, so that neither a moved
+file nor a retrained encoder ever yields another's features.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+from jaxtyping import Float16, Float64
+
+from timeviper_jax.data.video import Number, VideoError
+
+_OPEN_FILES = 1024
+
+
+def second_times(duration: Number) -> Float64[np.ndarray, "F"]:
+    """The moments of a video whose frames a `FeatureStore` holds."""
+    return np.minimum(np.arange(max(1, round(duration))) + 0.5, duration)
+
+
+class FeatureStore:
+    """A folder of features by one encoder; `fingerprint` names it and its weights."""
+
+    def __init__(self, root: str | os.PathLike, fingerprint: str):
+        name = hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
+        self._root, self._fingerprint = pathlib.Path(root) / name, fingerprint
+        self._load = functools.lru_cache(_OPEN_FILES)(_map)
+
+    def __contains__(self, path: str | os.PathLike) -> bool:
+        return self._place(path).exists()
+
+    def put(
+        self, path: str | os.PathLike, features: Float16[np.ndarray, "F V E"]
+    ) -> None:
+        """Keeps the features of a file's seconds; seen whole or not at all."""
+        place = self._place(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
+            np.save(file, features)
+        os.replace(file.name, place)
+
+    def get(self, path: str | os.PathLike) -> Float16[np.ndarray, "F V E"]:
+        """The features of all of a file's seconds, read from disk as they are used."""
+        place = self._place(path)
+        if not place.exists():
+            raise LookupError(
+                f"No features of {path} by {self._fingerprint!r} in {self._root};"
+                " encode the videos of this manifest first."
+            )
+        return self._load(place)
+
+    def at(
+        self, path: str | os.PathLike, times: Float64[np.ndarray, "F"]
+    ) -> Float16[np.ndarray, "F V E"]:
+        """The features of the seconds in which `times` lie."""
+        features = self.get(path)
+        return np.asarray(features[np.minimum(times.astype(int), len(features) - 1)])
+
+    def _place(self, path: str | os.PathLike) -> pathlib.Path:
+        digest = file_digest(path)
+        return self._root / digest[:2] / f"{digest}.npy"
+
+
+def _map(place: pathlib.Path) -> np.ndarray:
+    return np.load(place, mmap_mode="r")
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """A name for the content of a file, or of the files of a folder."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise VideoError(f"{path}: no such file; check the path.")
+    files = (
+        sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    )
+    stats = [file.stat() for file in files]
+    return _digest(
+        tuple(
+            (str(f), s.st_size, s.st_mtime_ns)
+            for f, s in zip(files, stats, strict=True)
+        )
+    )
+
+
+@functools.lru_cache(1 << 16)
+def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Size and time of change stand in the key: a changed file is read again."""
+    digest = hashlib.blake2b(digest_size=20)
+    for name, size, _ in files:
+        digest.update(f"{size}:".encode())
+        with open(name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
