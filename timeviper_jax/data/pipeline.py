@@ -1,0 +1,311 @@
+"""From a manifest to batches without end: shuffle, decode, tokenise, pack, batch.
+
+A batch depends on the seed and its number alone: not on threads, nor on how many hosts
+share the work, nor on where a run was stopped. Each draw has a position in one global
+order; what is random about it is seeded by that position, and a sample that cannot be
+used (a damaged file, too many tokens) is replaced by another that the position names.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import logging
+
+from timeviper_jax.data import manifest, video
+from timeviper_jax.data.conversation import TEMPLATES, encode
+from timeviper_jax.data.examples import Batch, Example, RowSize, collate
+from timeviper_jax.data.features import FeatureStore
+from timeviper_jax.data.manifest import Item
+from timeviper_jax.data.packing import Load, first_fit
+from timeviper_jax.data.tokenizer import Tokenizer
+from timeviper_jax.data.video import VideoError
+
+# A window may end this much after its video: annotations are rounded.
+_ROUNDING_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a batch holds and how it is made."""
+
+    manifest: str
+    split: str = "train"
+    batch_size: int  # Rows, over all hosts.
+    num_frames: int  # Of a row; longer videos are spread over as many.
+    text_tokens: int  # Of a row, beside its vision tokens.
+    tokens_per_frame: int
+    image_size: int
+    num_segments: int = 1  # Examples of a row, if their data set is packed.
+    pack_window: int = 32  # Examples that are packed together.
+    template: str = "nano"  # Or chatml.
+    supervise_header: bool = False
+    num_threads: int = 4
+    prefetch_examples: int = 16
+    prefetch_batches: int = 2
+    max_tries: int = 10  # For one draw, before the data are declared unusable.
+
+    @property
+    def row(self) -> RowSize:
+        return RowSize(
+            num_frames=self.num_frames,
+            text_tokens=self.text_tokens,
+            tokens_per_frame=self.tokens_per_frame,
+            num_segments=self.num_segments,
+        )
+
+
+def make_batches(
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    features: FeatureStore | None = None,
+) -> "Batches":
+    """This host's rows of every batch, forever; with `features` nothing is decoded."""
+    if cfg.batch_size % process_count:
+        raise ValueError(
+            f"batch_size={cfg.batch_size} does not divide among {process_count} hosts;"
+            " use a multiple."
+        )
+    items = manifest.load(cfg.manifest, cfg.split)
+    make = _ExampleMaker(cfg, tokenizer, items, seed, features)
+    order_seed = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])
+    draws = grain.MapDataset.range(len(items)).shuffle(seed=order_seed).repeat()
+    # Positions are given out before the hosts part, so they are the global ones.
+    draws = draws.map_with_index(_Draw)[process_index::process_count].map(make)
+    examples = draws.to_iter_dataset(
+        grain.ReadOptions(
+            num_threads=cfg.num_threads, prefetch_buffer_size=cfg.prefetch_examples
+        )
+    )
+    # Alone in its row, an example need not wait for others.
+    window = cfg.pack_window if cfg.num_segments > 1 else 1
+    rows = _Packed(examples, cfg.row, window)
+    batches = rows.batch(cfg.batch_size // process_count, batch_fn=list).map(
+        functools.partial(_collate, size=cfg.row)
+    )
+    ahead = grain.experimental.ThreadPrefetchIterDataset(
+        batches, prefetch_buffer_size=cfg.prefetch_batches
+    )
+    return Batches(iter(ahead))
+
+
+class Batches(grain.DatasetIterator[Batch]):
+    """The batches, and how many samples had to be replaced so far.
+
+    `get_state` and `set_state` (JSON) continue it exactly; orbax saves it by itself.
+    """
+
+    def __init__(self, parent: grain.DatasetIterator):
+        super().__init__(parent)
+        self.skipped = 0
+
+    def __next__(self) -> Batch:
+        batch, problems = next(self._parent)
+        for problem in problems:
+            logging.warning("Skipped a sample: %s", problem)
+        self.skipped += len(problems)
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._parent.get_state(), "skipped": self.skipped}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self.skipped = state["skipped"]
+
+
+class _Draw(NamedTuple):
+    position: int  # In the global, endless order.
+    index: int  # Of the item.
+
+
+class _Drawn(NamedTuple):
+    example: Example
+    max_in_row: int
+    problems: tuple[str, ...]  # Of the samples that it replaces.
+
+
+class _ExampleMaker:
+    """Makes the example of a draw, or of the first usable item that replaces it."""
+
+    def __init__(
+        self,
+        cfg: DataConfig,
+        tokenizer: Tokenizer,
+        items: Sequence[Item],
+        seed: int,
+        features: FeatureStore | None,
+    ):
+        self._cfg, self._tokenizer, self._seed = cfg, tokenizer, seed
+        self._items, self._features = items, features
+
+    def __call__(self, draw: _Draw) -> _Drawn:
+        problems = []
+        for attempt in range(self._cfg.max_tries):
+            rng = np.random.default_rng([self._seed, 1, draw.position, attempt])
+            index = rng.integers(len(self._items)) if attempt else draw.index
+            item = self._items[index]
+            try:
+                example = load_example(
+                    item, self._cfg, self._tokenizer, rng, self._features
+                )
+            except (VideoError, Misfit) as error:
+                problems.append(f"{item.id}: {error}")
+                continue
+            return _Drawn(example, item.dataset.pack_size, tuple(problems))
+        raise ValueError(
+            f"{len(problems)} samples in a row cannot be used; the last is"
+            f" {problems[-1]}"
+        )
+
+
+class Misfit(Exception):
+    """A sample that no row can hold; the message says by how much."""
+
+
+def load_example(
+    item: Item,
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+    features: FeatureStore | None = None,
+) -> Example:
+    """An item with its frames (or their features) and its text as ids.
+
+    Raises `VideoError` for media that cannot be read, `Misfit` before reading them.
+    """
+    times, seconds = _frame_times(item, cfg, rng)
+    text = encode(
+        item.turns([len(t) for t in times], seconds, rng),
+        tokenizer,
+        TEMPLATES[cfg.template],
+        tokens_per_frame=cfg.tokens_per_frame,
+        supervise_header=cfg.supervise_header,
+    )
+    example = Example(
+        tokens=text.tokens,
+        roles=text.roles,
+        loss_mask=text.loss_mask,
+        frame_times=np.concatenate([*times, np.zeros(0)]).astype(np.float32),
+    )
+    _check_fits(item, example, cfg.row)
+    pairs = list(zip(item.media, times, strict=True))
+    if features is None:
+        none = np.zeros((0, cfg.image_size, cfg.image_size, 3), np.uint8)
+        frames = [video.read_frames(path, t, cfg.image_size) for path, t in pairs]
+        return dataclasses.replace(example, frames=np.concatenate([none, *frames]))
+    if not pairs:
+        raise ValueError(
+            f"{item.id} has no media, so no features; leave such items out, or decode."
+        )
+    merged = [features.at(path, t) for path, t in pairs]
+    return dataclasses.replace(example, features=np.concatenate(merged))
+
+
+def _frame_times(
+    item: Item, cfg: DataConfig, rng: np.random.Generator
+) -> tuple[list[np.ndarray], float]:
+    """The moments to show of each medium, and the seconds they stand for in all."""
+    times, seconds = [], 0.0
+    for path in item.media:
+        start, end = _window(item, path)
+        seconds += end - start
+        if video.is_image(path):
+            times.append(np.array([0.5]))
+            continue
+        sampling = item.dataset.sampling
+        times.append(sampling.times(start, end, rng, capacity=cfg.num_frames))
+    return times, seconds
+
+
+def _window(item: Item, path: str) -> tuple[float, float]:
+    """The part of a medium that is asked for, within what there is of it."""
+    duration = _probe(path).duration
+    start, end = item.start or 0.0, item.end or duration
+    if start >= duration or end > duration + _ROUNDING_SECONDS:
+        raise VideoError(
+            f"{path}: lasts {duration:g} s, so it has no window from {start:g} to"
+            f" {end:g} s; correct video_start and video_end."
+        )
+    return float(start), float(min(end, duration))
+
+
+# Opening a file takes a millisecond, and many questions are about one video.
+_probe = functools.lru_cache(1 << 16)(video.probe)
+
+
+def _check_fits(item: Item, example: Example, row: RowSize) -> None:
+    limit = item.dataset.max_txt_seq_len
+    problem = row.misfit(example)
+    if limit is not None and example.num_text_tokens > limit:
+        problem = f"{example.num_text_tokens} text tokens, max_txt_seq_len={limit}"
+    if problem is not None:
+        raise Misfit(problem)
+
+
+def _collate(rows: list[list[_Drawn]], size: RowSize) -> tuple[Batch, tuple[str, ...]]:
+    batch = collate([[drawn.example for drawn in row] for row in rows], size)
+    return batch, tuple(p for row in rows for drawn in row for p in drawn.problems)
+
+
+class _Packed(grain.IterDataset[list[_Drawn]]):
+    """Rows of examples, `window` examples at a time."""
+
+    def __init__(self, parent: grain.IterDataset, size: RowSize, window: int):
+        super().__init__(parent)
+        self._size, self._window = size, window
+
+    def __iter__(self) -> "_PackedIterator":
+        return _PackedIterator(iter(self._parent), self._size, self._window)
+
+
+class _PackedIterator(grain.DatasetIterator[list[_Drawn]]):
+    """Packs a window, hands out its rows, and packs the next.
+
+    Its state is where the window began and how many rows of it are gone; a resumed
+    run reads that window again.
+    """
+
+    def __init__(self, parent: grain.DatasetIterator, size: RowSize, window: int):
+        super().__init__(parent)
+        self._size, self._window = size, window
+        self._start = parent.get_state()
+        self._rows: list[list[_Drawn]] | None = None
+        self._next_row = 0
+
+    def __next__(self) -> list[_Drawn]:
+        if self._rows is None:
+            self._rows = self._pack()
+        if self._next_row == len(self._rows):
+            self._start = self._parent.get_state()
+            self._rows, self._next_row = self._pack(), 0
+        row = self._rows[self._next_row]
+        self._next_row += 1
+        return row
+
+    def _pack(self) -> list[list[_Drawn]]:
+        drawn = [next(self._parent) for _ in range(self._window)]
+        loads = [
+            Load(
+                num_frames=d.example.num_frames,
+                text_tokens=d.example.num_text_tokens,
+                max_in_row=d.max_in_row,
+            )
+            for d in drawn
+        ]
+        return [[drawn[i] for i in row] for row in first_fit(loads, self._size)]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._start, "next_row": self._next_row}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._start, self._next_row = state["parent"], state["next_row"]
+        self._rows = None
