@@ -5,6 +5,8 @@ import pathlib
 
 # Set before JAX is imported, and inherited by the processes that a test starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile for minutes what they run for milliseconds: don't optimise it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"),
