@@ -7,7 +7,9 @@ frames of `V` vision tokens, and `text_tokens` others, so `T = F V + text_tokens
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, UInt8
@@ -41,9 +43,9 @@ class Example:
     def num_frames(self) -> int:
         return len(self.frame_times)
 
-    @property
+    @functools.cached_property
     def num_text_tokens(self) -> int:
-        return len(self.tokens) - int(np.sum(self.roles == Role.VISION))
+        return int(np.count_nonzero(self.roles != Role.VISION))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,16 +53,17 @@ class Batch:
     """A batch of rows. Segment 0 is padding; packed examples count from 1.
 
     `loss_mask[b, t]` says that token t is a supervised target; the loss shifts.
-    Vision positions hold the tokenizer's `image_id`, which no embedding has.
+    Vision positions hold the tokenizer's `image_id`, which no embedding has. The
+    pipeline fills it with NumPy's arrays; within a compiled step they are JAX's.
     """
 
-    tokens: Int[np.ndarray, "B T"]
-    roles: Int[np.ndarray, "B T"]
-    segment_ids: Int[np.ndarray, "B T"]
-    loss_mask: Bool[np.ndarray, "B T"]
-    frame_times: Float32[np.ndarray, "B F"]  # Seconds.
-    frames: UInt8[np.ndarray, "B F H W 3"] | None = None
-    features: Float[np.ndarray, "B F V E"] | None = None
+    tokens: Int[Any, "B T"]
+    roles: Int[Any, "B T"]
+    segment_ids: Int[Any, "B T"]
+    loss_mask: Bool[Any, "B T"]
+    frame_times: Float32[Any, "B F"]  # Seconds.
+    frames: UInt8[Any, "B F H W 3"] | None = None
+    features: Float[Any, "B F V E"] | None = None
     num_segments: int = 1  # At most this many examples share a row.
 
 

@@ -47,13 +47,13 @@ class FeatureStore:
 
     def get(self, path: str | os.PathLike) -> Float16[np.ndarray, "F V E"]:
         """The features of all of a file's seconds, read from disk as they are used."""
-        place = self._place(path)
-        if not place.exists():
+        try:
+            return self._load(self._place(path))
+        except FileNotFoundError as error:
             raise LookupError(
                 f"No features of {path} by {self._fingerprint!r} in {self._root};"
                 " encode the videos of this manifest first."
-            )
-        return self._load(place)
+            ) from error
 
     def at(
         self, path: str | os.PathLike, times: Float64[np.ndarray, "F"]
@@ -64,7 +64,7 @@ class FeatureStore:
 
     def _place(self, path: str | os.PathLike) -> pathlib.Path:
         digest = file_digest(path)
-        return self._root / digest[:2] / f"{digest}.npy"
+        return pathlib.Path(self._root, digest[:2], f"{digest}.npy")
 
 
 def _map(place: pathlib.Path) -> np.ndarray:
@@ -73,27 +73,28 @@ def _map(place: pathlib.Path) -> np.ndarray:
 
 def file_digest(path: str | os.PathLike) -> str:
     """A name for the content of a file, or of the files of a folder."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise VideoError(f"{path}: no such file; check the path.")
-    files = (
-        sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    )
-    stats = [file.stat() for file in files]
-    return _digest(
-        tuple(
-            (str(f), s.st_size, s.st_mtime_ns)
-            for f, s in zip(files, stats, strict=True)
-        )
-    )
+    if os.path.isdir(path):
+        return _digest(tuple(sorted(map(_version, _files(path)))))
+    try:
+        return _digest((_version(path),))
+    except FileNotFoundError as error:
+        raise VideoError(f"{path}: no such file; check the path.") from error
+
+
+def _files(folder: str | os.PathLike) -> list[str]:
+    return [entry.path for entry in os.scandir(folder) if entry.is_file()]
+
+
+def _version(path: str | os.PathLike) -> tuple[str, int, int]:
+    """A file's name, size and time of change: one that changed is read again."""
+    stat = os.stat(path)
+    return str(path), stat.st_size, stat.st_mtime_ns
 
 
 @functools.lru_cache(1 << 16)
-def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
-    """Size and time of change stand in the key: a changed file is read again."""
+def _digest(versions: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.blake2b(digest_size=20)
-    for name, size, _ in files:
-        digest.update(f"{size}:".encode())
+    for name, _, _ in versions:
         with open(name, "rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ name, through `special`; a user who types "<SPECIAL_12>" gets the ids of those t
 characters. The id that stands for a vision token, `image_id`, follows the vocabulary.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -84,9 +85,14 @@ class JsonTokenizer:
         for name in self._specials:
             vocab.pop(name, None)
         self._text = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        # The template's words come with every sample, many questions with several.
+        self._encode = functools.lru_cache(1 << 14)(self._encode_new)
 
     def encode(self, text: str) -> list[int]:
-        return self._text.encode(text, add_special_tokens=False).ids
+        return list(self._encode(text))
+
+    def _encode_new(self, text: str) -> tuple[int, ...]:
+        return tuple(self._text.encode(text, add_special_tokens=False).ids)
 
     def special(self, name: str) -> int:
         return _look_up(self._specials, name, self._path)
