@@ -26,6 +26,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -235,7 +236,7 @@ def _map(job, files: list[File], workers: int) -> Iterator[int]:
     with concurrent.futures.ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_leave_interrupts_to_parent,
+        initializer=_follow_parent,
     ) as pool:
         try:
             for done in concurrent.futures.as_completed(
@@ -246,8 +247,15 @@ def _map(job, files: list[File], workers: int) -> Iterator[int]:
             pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts_to_parent() -> None:
+def _follow_parent() -> None:
+    """Leaves Ctrl-C to the parent, and does not outlive it however it ends."""
+
+    def wait_for_end() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 def _write_manifests(
