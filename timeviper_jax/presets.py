@@ -35,7 +35,7 @@ NANO_9B = HybridConfig(
 
 _TINY_LLM = HybridConfig(
     pattern="M-M*-M*-",
-    vocab_size=263,  # Bytes and the templates' special tokens.
+    vocab_size=272,  # Bytes and the special tokens; padded, so that meshes divide it.
     embed_dim=32,
     mlp_dim=64,
     num_heads=4,
