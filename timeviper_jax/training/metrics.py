@@ -1,0 +1,84 @@
+"""Means that add up exactly, and the files they are written to."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+from jaxtyping import Array, Float, Shaped
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean kept as sum and count, so that parts of a batch add up to all of it."""
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+
+    @classmethod
+    def of(cls, values: Shaped[Array, "*n"], weights: Shaped[Array, "*n"]) -> "Mean":
+        """The mean of `values`, each counting as much as its weight."""
+        weights = weights.astype(jnp.float32)
+        return cls(jnp.sum(values.astype(jnp.float32) * weights), jnp.sum(weights))
+
+    @classmethod
+    def single(cls, value: Float[Array, ""]) -> "Mean":
+        return cls(value.astype(jnp.float32), jnp.ones((), jnp.float32))
+
+
+Means = dict[str, Mean]
+
+
+def summarise(window: Sequence[Means]) -> dict[str, float]:
+    """The means over the steps of a window; nan where nothing was counted."""
+    window = jax.device_get(window)  # The one time the host waits for the device.
+    return {name: _mean([means[name] for means in window]) for name in window[-1]}
+
+
+def _mean(parts: Sequence[Mean]) -> float:
+    count = float(np.sum([part.count for part in parts]))
+    return float(np.sum([part.total for part in parts])) / count if count else np.nan
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl` and TensorBoard events into a run's directory.
+
+    A run that resumes at `step` takes back the lines it had written after it.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, step: int = 0):
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._path = workdir / "metrics.jsonl"
+        _keep_until(self._path, step)
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir / "events"), purge_step=step + 1
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float], **labels: str) -> None:
+        """Adds one line; `labels` say what the numbers are of (a stage's name)."""
+        line = {"step": step, **labels, **scalars}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        prefix = "/".join(labels.values())
+        for name, value in scalars.items():
+            self._events.add_scalar(f"{prefix}/{name}".lstrip("/"), value, step)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # A line that a killed run left half written has no end.
+    whole = [line for line in lines if line.endswith("}")]
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,92 @@
+"""One step of training: microbatches, their gradient, one update.
+
+Only the parameters that move are differentiated and have optimizer state; the frozen
+ones are an argument of their own, and what an objective does not read is not even
+passed to the device program.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Int
+
+from timeviper_jax.training.metrics import Mean, Means
+from timeviper_jax.training.parameters import Params, merge
+
+Objective = Callable[[nnx.Module, Any], Means]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a step changes: the parameters that move, and AdamW's memory of them."""
+
+    step: Int[Array, ""]  # Of the stage.
+    params: Params
+    opt_state: optax.OptState
+
+    @classmethod
+    def create(
+        cls, params: Params, optimizer: optax.GradientTransformation
+    ) -> "TrainState":
+        step = jnp.zeros((), jnp.int32)
+        return cls(step=step, params=params, opt_state=optimizer.init(params))
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Params, Any], tuple[TrainState, Means]]:
+    """Returns `step(state, frozen, batch) -> (state, means)`, not yet compiled.
+
+    The batch goes through in `accumulate` parts, one after the other; loss and
+    gradient are those of the whole batch at once, each target counting the same.
+    """
+
+    def train_step(state, frozen, batch):
+        def total_loss(params, part):
+            means = objective(merge(graph, {**frozen, **params}), part)
+            return means["loss"].total, means
+
+        gradient = jax.grad(total_loss, has_aux=True)
+        grads, means = _accumulate(gradient, state.params, batch, accumulate)
+        # A batch without a single target teaches nothing, and must not divide by it.
+        count = jnp.maximum(means["loss"].count, 1)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        means["grad_norm"] = Mean.single(optax.global_norm(grads))
+        state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+        )
+        return state, means
+
+    return train_step
+
+
+def _accumulate(
+    gradient: Callable, params: Params, batch: Any, parts: int
+) -> tuple[Params, Means]:
+    """Sums of gradients and means over `parts` equal parts of the batch."""
+    if parts == 1:
+        return gradient(params, batch)
+    # Neighbouring rows go to different parts, so each part spans all devices.
+    batch = jax.tree.map(lambda x: rearrange(x, "(B A) ... -> A B ...", A=parts), batch)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, gradient(params, part)), None
+
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    sums, _ = jax.lax.scan(add, zeros, batch)
+    return sums
