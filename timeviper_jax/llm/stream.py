@@ -21,9 +21,10 @@ _static = dict(static=True)
 class Stream:
     """A batch of rows of tokens; real tokens first, padding after.
 
-    `positions` says where in the original row each token stood. `vision_counts[b, s]`
-    is how many vision tokens sample s of row b had at first. A row now holds at most
-    `vision_capacity` vision tokens, and held at most `original_capacity`.
+    `positions` says where in the original row each token stood, -1 for padding.
+    `vision_counts[b, s]` is how many vision tokens sample s of row b had at first. A
+    row now holds at most `vision_capacity` vision tokens, and held at most
+    `original_capacity`.
     """
 
     x: Float[Array, "B T D"]
@@ -57,7 +58,7 @@ def make_stream(
     vision_capacity: int,
 ) -> Stream:
     """A stream that nothing has left yet."""
-    B, T = roles.shape
+    T = roles.shape[1]
     vision = (roles == Role.VISION).astype(jnp.int32)
     counts = jax.vmap(
         lambda v, s: jax.ops.segment_sum(v, s, num_segments=num_segments + 1)
@@ -66,7 +67,7 @@ def make_stream(
         x=x,
         roles=roles,
         segment_ids=segment_ids,
-        positions=jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)),
+        positions=jnp.where(segment_ids > 0, jnp.arange(T, dtype=jnp.int32), -1),
         vision_counts=counts,
         num_segments=num_segments,
         vision_capacity=vision_capacity,

@@ -25,9 +25,11 @@ from timeviper_jax.data.examples import Role
 from timeviper_jax.layers.attention import AttentionConfig, projections
 from timeviper_jax.llm.stream import Stream, take, where_true
 
-# Which text a transfer adds to: the first question after the media, or every text
-# token after the first vision token, answers too, as the PyTorch release trains.
+# Which text a transfer adds to: the first question after the media, or all text from
+# there on, answers too, as the PyTorch release trains.
 TRANSFER_TO = ("instruction", "all_text")
+
+_LIMIT = 2**21  # Counts below it multiply and divide exactly in 32 bits.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +82,10 @@ def check_stages(stages: tuple[Stage, ...], pattern: str) -> None:
 
 
 @functools.lru_cache
-def kept_counts(keep: float, capacity: int) -> np.ndarray:
+def kept_counts(keep: float, capacity: int) -> Int[np.ndarray, "_"]:
     """`int(n * keep)` in float64 for every n up to `capacity`."""
+    if capacity >= _LIMIT:
+        raise ValueError(f"{capacity} vision tokens in a row; at most {_LIMIT - 1}.")
     return (np.arange(capacity + 1) * keep).astype(np.int32)
 
 
@@ -94,7 +98,7 @@ def kept_capacity(keep: float, capacity: int, num_segments: int) -> int:
 def _multiply_divide(
     i: UInt32[Array, "*B"], r: UInt32[Array, "*B"], m: UInt32[Array, "*B"]
 ) -> tuple[UInt32[Array, "*B"], UInt32[Array, "*B"]]:
-    """floor(i r / m) and the remainder, exactly, for values below 2**21.
+    """floor(i r / m) and the remainder, exactly, for values below `_LIMIT`.
 
     The product can need 42 bits and JAX has 32, so i is taken ten bits at a time.
     """
@@ -202,13 +206,13 @@ def split_stream(
         segment_ids=jnp.where(real, take(stream.segment_ids, gone), 0),
     )
     stay, real = where_true(kept, T - before + after)
-    pick = lambda values: jnp.where(real, take(values, stay), 0)  # noqa: E731
+    pick = lambda values, padding=0: jnp.where(real, take(values, stay), padding)
     return dataclasses.replace(
         stream,
         x=jnp.where(real[..., None], take(stream.x, stay), 0),
         roles=pick(stream.roles),
         segment_ids=pick(stream.segment_ids),
-        positions=pick(stream.positions),
+        positions=pick(stream.positions, -1),
         vision_capacity=after,
     ), dropped
 
@@ -248,12 +252,15 @@ class Transfer(nnx.Module):
 
 def receivers(stream: Stream, transfer_to: str) -> Bool[Array, "B T"]:
     """The text tokens that a transfer adds to."""
+    question = stream.roles == Role.INSTRUCTION
     if transfer_to == "instruction":
-        return stream.roles == Role.INSTRUCTION
-    seen, _ = _rank_in_segment(
-        stream.is_vision, stream.segment_ids, stream.num_segments + 1
+        return question
+    begun, _ = _rank_in_segment(
+        question | (stream.roles == Role.ANSWER),
+        stream.segment_ids,
+        stream.num_segments + 1,
     )
-    return stream.is_text & (seen >= 0)
+    return stream.is_text & (begun >= 0)
 
 
 def transfer(
@@ -262,21 +269,22 @@ def transfer(
     """The stream after its receiving tokens have read `dropped`."""
     text_capacity = stream.x.shape[1] - stream.vision_capacity
     index, real = where_true(receivers(stream, transfer_to), text_capacity)
-    text = take(stream.x, index)
     ids = jnp.where(real, take(stream.segment_ids, index), -1)
-    new = jnp.where(real[..., None], module(text, ids, dropped) - text, 0)
-    x = jax.vmap(lambda row, i, delta: row.at[i].add(delta))(stream.x, index, new)
-    return dataclasses.replace(stream, x=x)
+    text = module(take(stream.x, index), ids, dropped)
+    index = jnp.where(real, index, stream.x.shape[1])  # Outside: written nowhere.
+    put = lambda row, i, new: row.at[i].set(new, mode="drop")
+    return dataclasses.replace(stream, x=jax.vmap(put)(stream.x, index, text))
 
 
 def ranking_position(stream: Stream) -> Int[Array, "B Z"]:
     """Where in the row each sample's ranking token stands: its last instruction.
 
-    A sample without instruction ranks by its last text token.
+    A sample without instruction ranks by the last token before its answer, which is
+    what it knows when it is asked.
     """
     T = stream.roles.shape[1]
     index = jnp.arange(T, dtype=jnp.int32)
-    order = jnp.where(stream.is_text, index, -1)
+    order = jnp.where(stream.roles == Role.ANSWER, -1, index)
     order = jnp.where(stream.roles == Role.INSTRUCTION, index + T, order)
     ids = jnp.arange(stream.num_segments + 1)[:, None]
     mine = stream.segment_ids[:, None, :] == ids  # B Z T
