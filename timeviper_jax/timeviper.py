@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Num, UInt8
 
 from timeviper_jax.data.examples import Batch, Role
 from timeviper_jax.llm.hybrid import HybridConfig, HybridLM, Output
-from timeviper_jax.llm.stream import Stream, make_stream
+from timeviper_jax.llm.stream import Stream, make_stream, take
 from timeviper_jax.llm.transv import Stage
 from timeviper_jax.vision.projector import Projector, ProjectorConfig
 from timeviper_jax.vision.tome import merge
@@ -159,5 +159,5 @@ def _splice(
     """Puts the j-th vision token of a row where its j-th VISION role stands."""
     is_vision = roles == Role.VISION
     index = jnp.maximum(jnp.cumsum(is_vision, axis=1) - 1, 0)
-    tokens = jax.vmap(lambda row, i: row[i])(vision, index)
+    tokens = take(vision, index)
     return jnp.where(is_vision[..., None], tokens.astype(x.dtype), x)
