@@ -82,7 +82,7 @@ def check_stages(stages: tuple[Stage, ...], pattern: str) -> None:
 
 
 @functools.lru_cache
-def kept_counts(keep: float, capacity: int) -> Int[np.ndarray, "_"]:
+def kept_counts(keep: float, capacity: int) -> np.ndarray:
     """`int(n * keep)` in float64 for every n up to `capacity`."""
     if capacity >= _LIMIT:
         raise ValueError(f"{capacity} vision tokens in a row; at most {_LIMIT - 1}.")
