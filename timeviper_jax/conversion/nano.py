@@ -1,0 +1,200 @@
+"""Names and config of published Nemotron-H and Nano v2 models, with TransV or without.
+
+The release numbers layers through the whole stack; ours are stacked by kind, and
+`HybridConfig.layers` says which is which.
+"""
+
+import re
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from timeviper_jax.conversion.load import Rule
+from timeviper_jax.llm.hybrid import HybridConfig
+from timeviper_jax.llm.transv import Stage
+
+# Ours -> the release's config.json.
+_FIELDS = {
+    "pattern": "hybrid_override_pattern",
+    "vocab_size": "vocab_size",
+    "embed_dim": "hidden_size",
+    "mlp_dim": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ssm_heads": "mamba_num_heads",
+    "ssm_head_dim": "mamba_head_dim",
+    "ssm_groups": "n_groups",
+    "ssm_state": "ssm_state_size",
+    "conv_kernel": "conv_kernel",
+    "chunk_size": "chunk_size",
+    "norm_eps": "layer_norm_epsilon",
+    "init_std": "initializer_range",
+    "embed_std": "initializer_range",
+}
+# What the family could say and this model does not build otherwise.
+_FIXED = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "mamba_proj_bias": False,
+    "use_conv_bias": True,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+}
+# The release's types of stage -> (select, transfer).
+_STAGE_TYPES = {
+    "uni": ("uniform", True),
+    "attn": ("attention", True),
+    "unidrop": ("uniform", False),
+    "attndrop": ("attention", False),
+}
+
+
+def config_from_json(config: Mapping[str, Any]) -> HybridConfig:
+    """The model that a `config.json` describes. Dtypes are left at their defaults."""
+    missing = sorted({name for name in _FIELDS.values() if name not in config})
+    if missing:
+        raise ValueError(f"config.json lacks {missing}; is it of this family?")
+    for name, value in _FIXED.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name}={config[name]!r} is not supported, only {value}.")
+    low, high = config.get("time_step_limit", (0.0, float("inf")))
+    return HybridConfig(
+        **{ours: config[theirs] for ours, theirs in _FIELDS.items()},
+        dt_limit=(float(low), float(high)),
+        transv=_stages(config),
+    )
+
+
+def _stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
+    if not config.get("use_pdrop"):
+        return ()
+    return stages_from_release(config["pdrop_type"], config["merge_module"])
+
+
+def stages_from_release(pdrop_type: str, merge_module: str) -> tuple[Stage, ...]:
+    """Reads the release's "uni_7_0.5-attn_39_0.1" with its CrossAttention|no_merge."""
+    if merge_module not in ("CrossAttention", "no_merge"):
+        raise ValueError(f"{merge_module=} is not CrossAttention or no_merge.")
+    stages = []
+    for text in pdrop_type.split("-"):
+        match = re.fullmatch(r"([a-z]+)_(\d+)_(\d*\.?\d+)", text)
+        if match is None or match[1] not in _STAGE_TYPES:
+            raise ValueError(
+                f"{text!r} in {pdrop_type!r} is not TYPE_LAYER_KEEP with TYPE one of"
+                f" {list(_STAGE_TYPES)}."
+            )
+        select, transfer = _STAGE_TYPES[match[1]]
+        stages.append(
+            Stage(
+                layer=int(match[2]),
+                keep=float(match[3]),
+                select=select,
+                transfer=transfer and merge_module == "CrossAttention",
+            )
+        )
+    return tuple(stages)
+
+
+def nano_rules(cfg: HybridConfig) -> tuple[Rule, ...]:
+    """`backbone.*` and `lm_head` -> llm/hybrid.py."""
+    of_kind = dict(mamba=_mamba_rules, attention=_attention_rules, mlp=_mlp_rules)
+    rules = [
+        (r"backbone\.embeddings\.weight", "embed/embedding", np.asarray),
+        (r"backbone\.norm_f\.weight", "norm/scale", np.asarray),
+        (r"lm_head\.weight", "head/kernel", np.transpose),
+    ]
+    for number, (kind, index) in enumerate(cfg.layers):
+        layer = rf"backbone\.layers\.{number}"
+        norm = (rf"{layer}\.norm\.weight", f"{kind}/norm/scale[{index}]", np.asarray)
+        rules += [norm, *_under(rf"{layer}\.mixer\.", kind, index, of_kind[kind](cfg))]
+    return (*rules, *_transfer_rules(cfg))
+
+
+def _under(prefix: str, kind: str, index: int, rules: list[Rule]) -> list[Rule]:
+    """A mixer's rules at one layer's place."""
+    return [
+        (prefix + pattern, f"{kind}/mixer/{path}[{index}]", transform)
+        for pattern, path, transform in rules
+    ]
+
+
+def _mamba_rules(cfg: HybridConfig) -> list[Rule]:
+    inner, group = cfg.mamba.inner_dim, cfg.mamba.group_dim
+    parts = dict(z=inner, x=inner, b=group, c=group, dt=cfg.ssm_heads)
+    in_proj = [
+        (r"in_proj\.weight", f"in_{name}/kernel", lambda w, rows=rows: w[rows].T)
+        for name, rows in _rows(parts).items()
+    ]
+    del parts["z"], parts["dt"]
+    conv = [
+        rule
+        for name, rows in _rows(parts).items()
+        for rule in (
+            (
+                r"conv1d\.weight",
+                f"conv_{name}/kernel",
+                lambda w, rows=rows: w[rows, 0].T,
+            ),
+            (r"conv1d\.bias", f"conv_{name}/bias", lambda b, rows=rows: b[rows]),
+        )
+    ]
+    return [
+        *in_proj,
+        *conv,
+        (r"dt_bias", "dt_bias", np.asarray),
+        (r"A_log", "a_log", np.asarray),
+        (r"D", "d", np.asarray),
+        (r"norm\.weight", "norm/scale", np.asarray),
+        (r"out_proj\.weight", "out/kernel", np.transpose),
+    ]
+
+
+def _rows(widths: Mapping[str, int]) -> dict[str, slice]:
+    """Where each part of a fused matrix lies."""
+    edges = accumulate(widths.values(), initial=0)
+    return {
+        name: slice(*edge) for name, edge in zip(widths, pairwise(edges), strict=True)
+    }
+
+
+def _attention_rules(cfg: HybridConfig) -> list[Rule]:
+    heads = dict(q=cfg.num_heads, k=cfg.num_kv_heads, v=cfg.num_kv_heads)
+    split = [
+        (
+            rf"{name}_proj\.weight",
+            f"{name}/kernel",
+            lambda w, n=n: rearrange(w, "(N H) D -> D N H", N=n),
+        )
+        for name, n in heads.items()
+    ]
+    merge = lambda w: rearrange(w, "D (N H) -> N H D", N=cfg.num_heads)
+    return [*split, (r"o_proj\.weight", "out/kernel", merge)]
+
+
+def _mlp_rules(cfg: HybridConfig) -> list[Rule]:
+    return [
+        (r"up_proj\.weight", "up/kernel", np.transpose),
+        (r"down_proj\.weight", "down/kernel", np.transpose),
+    ]
+
+
+def _transfer_rules(cfg: HybridConfig) -> list[Rule]:
+    """The release numbers merge modules by stage, and alpha by transfer."""
+    transferring = [i for i, stage in enumerate(cfg.transv) if stage.transfer]
+    rules = []
+    for index, stage in enumerate(transferring):
+        module = rf"backbone\.merge_modules\.{stage}\."
+        rules += [
+            (module + pattern, f"transv/{index}/{path}", transform)
+            for pattern, path, transform in _attention_rules(cfg)
+        ]
+        gate = lambda alpha, index=index: alpha[index, ...]  # An array, not a number.
+        rules.append((r"backbone\.alpha", f"transv/{index}/alpha", gate))
+    return rules
