@@ -297,24 +297,28 @@ class HybridLM(nnx.Module):
         cache: Cache | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """One block's mixer output; `cache_index` counts within the cache's layers."""
-        graph, params = nnx.split(getattr(self, kind))
 
-        def block(x, layout, *args):
-            one = nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
-            return one(x, *(() if kind == "mlp" else (layout, *args)))
+        def mix(x, layout, *args):
+            args = () if kind == "mlp" else (layout, *args)
+            return self.block(kind, index)(x, *args)
 
         if self.cfg.remat:
-            block = jax.checkpoint(block)
+            mix = jax.checkpoint(mix)
         if kind == "mlp":
-            return block(x, layout), cache
+            return mix(x, layout), cache
         if cache is None:
-            return block(x, layout)[0], None
+            return mix(x, layout)[0], None
         own = getattr(cache, kind)
         here = jax.tree.map(lambda z: z[cache_index], own)
         slots = (cache.slots,) if kind == "attention" else ()
-        mixed, here = block(x, layout, here, *slots)
+        mixed, here = mix(x, layout, here, *slots)
         own = jax.tree.map(lambda z, new: z.at[cache_index].set(new), own, here)
         return mixed, dataclasses.replace(cache, **{kind: own})
+
+    def block(self, kind: str, index: int | Int[Array, ""]) -> Block:
+        """One block out of its stack."""
+        graph, params = nnx.split(getattr(self, kind))
+        return nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
 
     # TransV.
 
@@ -351,32 +355,25 @@ class HybridLM(nnx.Module):
         the published weights mean it. No gradient flows through a ranking.
         """
         x = jax.lax.stop_gradient(stream.x)
-        layer = self._attention_layer(self.cfg.layers[stage.layer][1])
+        layer = self.block(*self.cfg.layers[stage.layer])
         at = transv.ranking_position(stream)
         counts = take(stream.layout.counts(), at)
         q, k = layer.mixer.query(take(x, at), counts), layer.mixer.k(x)
         scores = transv.attention_scores(q, k, _visible(stream, at))
         return jax.lax.stop_gradient(scores)
 
-    def _attention_layer(self, index: int) -> Block:
-        graph, params = nnx.split(self.attention)
-        return nnx.merge(graph, jax.tree.map(lambda p: p[index], params))
-
     def init_transfers(self) -> None:
         """Starts each transfer as the nearest self-attention at or after its layer."""
         transferring = [i for i, s in enumerate(self.cfg.transv) if s.transfer]
         for i in transferring:
             layer = self.cfg.transv[i].layer
-            kind, index = next(
-                (entry for entry in self.cfg.layers[layer:] if entry[0] == "attention"),
-                (None, None),
-            )
-            if kind is None:
+            later = [j for kind, j in self.cfg.layers[layer:] if kind == "attention"]
+            if not later:
                 raise ValueError(
                     f"No attention layer at or after layer {layer} to start the"
                     f" transfer of stage {i} from."
                 )
-            source = self._attention_layer(index).mixer
+            source = self.block("attention", later[0]).mixer
             module = self.transfer_module(i)
             for name in ("q", "k", "v", "out"):
                 kernel = getattr(source, name).kernel[...]
