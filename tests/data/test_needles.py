@@ -52,7 +52,7 @@ def asked() -> list:
     """Many scenes of two lengths with their questions, and not one pixel."""
     cfg = SceneConfig()
     pairs = []
-    for i in range(4000):
+    for i in range(3000):
         rng = np.random.default_rng([7, i])
         length = 32 if i % 2 else 512
         scene = draw_scene(rng, 1000 * (i % 3), length, NAMES, cfg)
