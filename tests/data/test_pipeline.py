@@ -253,6 +253,14 @@ def test_images_are_one_frame_each(write, film, tmp_path):
     assert int(np.sum(batch.roles[0] == Role.VISION)) == 4
 
 
+def test_a_conversation_without_media_is_a_row_without_frames(write):
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "7"}]
+    path = write([{"id": "x", "conversations": talk}])
+    batch = next(make_batches(config(path), TOKENIZER, seed=0))
+    assert not np.any(batch.roles == Role.VISION) and not batch.frames.any()
+    assert numbers(batch) == [7] * 4
+
+
 def test_features_take_the_place_of_frames(dozen, tmp_path):
     store = FeatureStore(tmp_path, "vit-1")
     folder = dozen.rpartition("/")[0]

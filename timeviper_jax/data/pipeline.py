@@ -34,6 +34,7 @@ class DataConfig:
 
     manifest: str
     split: str = "train"
+    where: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # As in `manifest.select`.
     batch_size: int  # Rows, over all hosts.
     num_frames: int  # Of a row; longer videos are spread over as many.
     text_tokens: int  # Of a row, beside its vision tokens.
@@ -73,7 +74,7 @@ def make_batches(
             f"batch_size={cfg.batch_size} does not divide among {process_count} hosts;"
             " use a multiple."
         )
-    items = manifest.load(cfg.manifest, cfg.split)
+    items = manifest.select(manifest.load(cfg.manifest, cfg.split), cfg.where)
     make = _ExampleMaker(cfg, tokenizer, items, seed, features)
     order_seed = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])
     draws = grain.MapDataset.range(len(items)).shuffle(seed=order_seed).repeat()
@@ -100,6 +101,7 @@ class Batches(grain.DatasetIterator[Batch]):
     """The batches, and how many samples had to be replaced so far.
 
     `get_state` and `set_state` (JSON) continue it exactly; orbax saves it by itself.
+    Close it when done: it reads ahead in threads.
     """
 
     def __init__(self, parent: grain.DatasetIterator):
@@ -119,6 +121,10 @@ class Batches(grain.DatasetIterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
         self.skipped = state["skipped"]
+
+    def close(self) -> None:
+        super().close()
+        self._parents = ()  # Freed now: at exit it would print errors of its own.
 
 
 class _Draw(NamedTuple):
