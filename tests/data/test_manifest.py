@@ -157,6 +157,21 @@ def test_windows_and_notes_are_carried(write):
     assert (item.start, item.end, item.notes) == (32, 64, {"kind": "mcq"})
 
 
+def test_items_are_chosen_by_their_notes(write):
+    notes = [("mcq", 32), ("when", 32), ("when", 512), ("what", 32)]
+    raw = [
+        {"image": "x.mp4", "conversations": TALK, "needle": {"kind": k, "frames": f}}
+        for k, f in notes
+    ]
+    items = manifest.load(write(raw), "train")
+    where = (("kind", ("mcq", "when")), ("frames", (32,)))
+    chosen = manifest.select(items, where)
+    assert [item.notes["kind"] for item in chosen] == ["mcq", "when"]
+    assert manifest.select(items, ()) == items
+    with pytest.raises(ManifestError, match="None of 4 items"):
+        manifest.select(items, (("kind", ("whne",)),))
+
+
 def _item(**changes):
     return {"id": "x", "image": "x.mp4", "conversations": TALK, **changes}
 

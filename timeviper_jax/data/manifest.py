@@ -193,6 +193,20 @@ def load(path: str | pathlib.Path, split: str) -> list[Item]:
     return items
 
 
+def select(
+    items: Sequence[Item], where: Sequence[tuple[str, Sequence[Any]]]
+) -> list[Item]:
+    """The items whose notes have, for every key named, one of the values given."""
+    chosen = [
+        item
+        for item in items
+        if all((item.notes or {}).get(key) in values for key, values in where)
+    ]
+    if not chosen:
+        raise ManifestError(f"None of {len(items)} items has notes that fit {where}.")
+    return chosen
+
+
 def read(dataset: Dataset) -> list[Item]:
     """The items of one data set, as many and as often as it asks for."""
     path = pathlib.Path(dataset.json_path)
