@@ -1,0 +1,79 @@
+"""Frames without questions: halves that show something, and videos put together."""
+
+import numpy as np
+import pytest
+
+from tests.data.conftest import read
+from timeviper_jax.data import frames, manifest, shapes
+
+
+def _records(count, size=10):
+    """Frames whose first pixel is their number; every fifth shows something."""
+    for i in range(count):
+        numbers = np.arange(i * size, (i + 1) * size)
+        pixels = np.zeros((size, 2, 2, 3), np.uint8)
+        pixels[:] = numbers[:, None, None, None]
+        labels = np.where(numbers % 5 == 0, numbers % 3 + 1, 0)
+        yield {"frames": pixels, "labels": labels, "file": f"{i // 2}.mp4"}
+
+
+def _batches(**changes):
+    options = dict(batch_size=16, per_record=4, seed=0) | changes
+    return frames.make_frame_batches(list(_records(8)), **options)
+
+
+def test_half_of_a_batch_shows_something():
+    batch = next(_batches())
+    assert batch.frames.shape == (16, 2, 2, 3)
+    assert np.sum(batch.labels > 0) == 8
+    numbers = batch.frames[:, 0, 0, 0]
+    np.testing.assert_array_equal(
+        batch.labels, np.where(numbers % 5 == 0, numbers % 3 + 1, 0)
+    )
+
+
+def test_a_resumed_iterator_draws_the_same_frames():
+    batches = _batches()
+    next(batches)
+    state = batches.get_state()
+    want = [next(batches) for _ in range(3)]
+    resumed = _batches()
+    resumed.set_state(state)
+    for one in want:
+        np.testing.assert_array_equal(next(resumed).frames, one.frames)
+
+
+def test_hosts_share_the_frames_of_one():
+    whole = next(_batches())
+    halves = [next(_batches(process_index=i, process_count=2)) for i in range(2)]
+    together = [half.frames for half in halves]
+    assert sorted(np.concatenate(together)[:, 0, 0, 0].tolist()) == sorted(
+        whole.frames[:, 0, 0, 0].tolist()
+    )
+
+
+def test_a_batch_must_divide_into_records():
+    with pytest.raises(ValueError, match="batch_size=18 does not divide among 1 hosts"):
+        _batches(batch_size=18)
+
+
+def test_recorded_videos_are_whole():
+    files = dict(frames.recorded_videos(_records(4)))
+    assert list(files) == ["0.mp4", "1.mp4"]
+    assert files["1.mp4"][:, 0, 0, 0].tolist() == list(range(20, 40))
+
+
+def test_decoded_videos_have_a_frame_a_second(film):
+    paths = [str(film("a.mp4", 5)), str(film("b.mp4", 3))]
+    videos = list(frames.decoded_videos(paths, 64, num_threads=2))
+    assert [path for path, _ in videos] == paths
+    assert [read(f) for _, f in videos] == [[0, 1, 2, 3, 4], [0, 1, 2]]
+
+
+def test_the_squares_are_a_manifest_of_both_kinds(tmp_path):
+    shapes.make(tmp_path / "squares")
+    path = tmp_path / "squares" / "data.yaml"
+    for split, kind in (("videos", "conversation"), ("images", "caption")):
+        items = manifest.load(path, split)
+        assert [item.id for item in items] == list(shapes.COLOURS)
+        assert {item.dataset.format for item in items} == {kind}

@@ -1,0 +1,105 @@
+"""Frames without questions: labelled ones that warm up an encoder, whole videos.
+
+Both come from records of consecutive frames of one file (`needle_builder`), which are
+decoded once; whole videos also straight from their files.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from timeviper_jax.data.features import second_times
+from timeviper_jax.data.video import probe, read_frames
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameBatch:
+    """Single frames and what each shows."""
+
+    frames: UInt8[np.ndarray, "B H W 3"]
+    labels: Int[np.ndarray, "B"]
+
+
+def make_frame_batches(
+    records: Sequence[Record],
+    *,
+    batch_size: int,
+    per_record: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[FrameBatch]:
+    """Batches without end of frames, half of which show something (label above 0).
+
+    Args:
+      records: Random access to {"frames", "labels"}.
+      batch_size: Frames, over all hosts.
+      per_record: Frames that are drawn from a record each time it is read.
+      seed: Decides the order and the draws.
+      process_index: This host's number.
+      process_count: How many hosts share the batches.
+    """
+    records_per_host, over = divmod(batch_size, per_record * process_count)
+    if over:
+        raise ValueError(
+            f"batch_size={batch_size} does not divide among {process_count} hosts with"
+            f" {per_record} frames a record; use a multiple."
+        )
+    draws = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
+    draws = draws.random_map(lambda record, rng: _draw(record, per_record, rng))
+    draws = draws[process_index::process_count]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)
+    batches = draws.to_iter_dataset(options).batch(records_per_host, batch_fn=_join)
+    return iter(batches)
+
+
+def _draw(record: Record, count: int, rng: np.random.Generator) -> FrameBatch:
+    """`count` frames of a record: what it shows and what it doesn't, half each."""
+    labels = np.asarray(record["labels"])
+    something, nothing = np.flatnonzero(labels > 0), np.flatnonzero(labels == 0)
+    halves = [half for half in (something, nothing) if len(half)]
+    sizes = [count - count // 2, count // 2] if len(halves) == 2 else [count]
+    chosen = np.concatenate(
+        [rng.choice(half, size) for half, size in zip(halves, sizes, strict=True)]
+    )
+    return FrameBatch(
+        frames=np.asarray(record["frames"])[chosen],
+        labels=labels[chosen].astype(np.int32),
+    )
+
+
+def _join(parts: Sequence[FrameBatch]) -> FrameBatch:
+    return FrameBatch(
+        frames=np.concatenate([part.frames for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+    )
+
+
+def recorded_videos(
+    records: Iterable[Record],
+) -> Iterator[tuple[str, UInt8[np.ndarray, "F H W 3"]]]:
+    """Each file with all its frames, from records in the order of the files."""
+    for file, mine in itertools.groupby(records, key=lambda record: record["file"]):
+        yield file, np.concatenate([record["frames"] for record in mine])
+
+
+def decoded_videos(
+    paths: Sequence[str], image_size: int, *, num_threads: int
+) -> Iterator[tuple[str, UInt8[np.ndarray, "F H W 3"]]]:
+    """Each file with the frames of all its seconds; a few are decoded ahead."""
+
+    def decode(path: str) -> tuple[str, UInt8[np.ndarray, "F H W 3"]]:
+        times = second_times(probe(path).duration)
+        return path, read_frames(path, times, image_size)
+
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=2 * num_threads
+    )
+    yield from grain.MapDataset.source(paths).map(decode).to_iter_dataset(options)
