@@ -6,6 +6,7 @@ decoded once; whole videos also straight from their files.
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -87,7 +88,8 @@ def recorded_videos(
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "F H W 3"]]]:
     """Each file with all its frames, from records in the order of the files."""
     for file, mine in itertools.groupby(records, key=lambda record: record["file"]):
-        yield file, np.concatenate([record["frames"] for record in mine])
+        frames = np.concatenate([record["frames"] for record in mine])
+        yield os.fsdecode(file), frames  # TFDS gives text as bytes.
 
 
 def decoded_videos(
