@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from timeviper_jax.training.optimizer import (
@@ -85,11 +84,11 @@ def test_gradients_are_clipped_by_their_global_norm():
 def test_the_rate_warms_up_and_falls_along_a_cosine():
     schedule = make_schedule(1.0, 100, CFG)
     np.testing.assert_allclose(
-        [schedule(step) for step in (0, 5, 10, 55, 100)],
-        [0, 0.5, 1.0, 0.55, 0.1],
+        [schedule(step) for step in (4, 9, 54, 99)],
+        [0.5, 1.0, 0.55, 0.1],
         atol=1e-6,
     )
 
 
-def test_a_short_stage_still_has_a_peak():
-    assert optax.tree.max([make_schedule(1.0, 2, CFG)(1)]) == 1.0
+def test_the_shortest_stage_has_a_rate():
+    assert make_schedule(1.0, 1, CFG)(0) == 1.0

@@ -25,15 +25,17 @@ class OptimizerConfig:
 
 
 def make_schedule(lr: float, steps: int, cfg: OptimizerConfig) -> optax.Schedule:
-    """Linear warm-up to `lr`, then a cosine down to its final share."""
+    """Linear warm-up to `lr`, then a cosine down to its final share at the end."""
     warmup = max(1, round(cfg.warmup * steps))
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=lr,
         warmup_steps=warmup,
         decay_steps=max(steps, warmup + 1),
         end_value=cfg.final_lr * lr,
     )
+    # The rate of step 0 would be zero, and the step wasted.
+    return lambda step: schedule(step + 1)
 
 
 def decays(params: Params) -> dict[str, bool]:
