@@ -11,21 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Int
 
 from timeviper_jax.data.examples import Batch
+from timeviper_jax.data.frames import FrameBatch
 from timeviper_jax.llm.stream import take, where_true
 from timeviper_jax.timeviper import TimeViper
 from timeviper_jax.training.metrics import Mean, Means
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FrameBatch:
-    """Single frames and what each shows."""
-
-    frames: UInt8[np.ndarray, "B H W 3"]
-    labels: Int[np.ndarray, "B"]
+jax.tree_util.register_dataclass(
+    FrameBatch, data_fields=["frames", "labels"], meta_fields=[]
+)
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,185 @@
+"""A run's config as objects: the model it names, its stages and what each learns from.
+
+Every field must be given and known; a name that is missing or misspelt is an error.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from timeviper_jax import sharding
+from timeviper_jax.llm.transv import Stage as TransVStage
+from timeviper_jax.presets import PRESETS
+from timeviper_jax.timeviper import TimeViper, TimeViperConfig
+from timeviper_jax.training import loss
+from timeviper_jax.training.parameters import Params, matching, merge, split
+from timeviper_jax.training.step import Objective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameTask:
+    """Learn what single frames show. `per_record` of them come from one place."""
+
+    per_record: int
+
+    reads = r"^(vision|projector|classifier)/"
+
+    @property
+    def objective(self) -> Objective:
+        return loss.frame_objective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextTask:
+    """Learn to answer. The first four are a row's capacities.
+
+    `cached` takes the frozen encoder's features from the store instead of pixels;
+    `where` chooses items by their notes, as in `manifest.select`.
+    """
+
+    num_frames: int
+    text_tokens: int
+    answer_tokens: int
+    num_segments: int
+    cached: bool
+    split: str
+    where: tuple[tuple[str, tuple[Any, ...]], ...]
+
+    @property
+    def reads(self) -> str:
+        encoder = "" if self.cached else "vision|"
+        return rf"^({encoder}projector|time|llm)/"
+
+    @property
+    def objective(self) -> Objective:
+        return lambda model, batch: loss.text_objective(
+            model, batch, answer_tokens=self.answer_tokens
+        )
+
+
+TASKS = {"frames": FrameTask, "text": TextTask}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of training. `frozen` and `lr_multipliers` are patterns of paths.
+
+    A step averages over `batch_size` rows, which go through in `accumulate` parts.
+    """
+
+    task: FrameTask | TextTask
+    steps: int
+    batch_size: int
+    accumulate: int
+    lr: float
+    lr_multipliers: tuple[tuple[str, float], ...]
+    frozen: tuple[str, ...]
+    transv: tuple[TransVStage, ...]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StageConfig":
+        """The stage that a config's mapping says; JSON's lists become tuples."""
+        values = {name: _tuples(value) for name, value in values.items()}
+        task = dict(values.pop("task"))
+        transv = tuple(TransVStage(**stage) for stage in values.pop("transv"))
+        kind = task.pop("kind")
+        if kind not in TASKS:
+            raise ValueError(f"task.kind={kind!r} is not one of {sorted(TASKS)}.")
+        return cls(task=TASKS[kind](**task), transv=transv, **values)
+
+    def moving(self, params: Params) -> set[str]:
+        """The paths that this stage trains: what it reads, less what is frozen."""
+        read = {path for path in params if re.search(self.task.reads, path)}
+        return read - matching(params, self.frozen)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _tuples(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map(_tuples, value))
+    return value
+
+
+def model_config(
+    preset: str,
+    *,
+    dtype: str,
+    param_dtype: str,
+    rolled: bool,
+    remat: bool,
+    **changes: Any,
+) -> TimeViperConfig:
+    """A preset's sizes, computed as a run wants; `changes` are of the whole model."""
+    if preset not in PRESETS:
+        raise ValueError(f"{preset=} is not one of {sorted(PRESETS)}.")
+    cfg = PRESETS[preset]
+    dtypes = dict(dtype=dtype, param_dtype=param_dtype)
+    return dataclasses.replace(
+        cfg,
+        vision=dataclasses.replace(cfg.vision, remat=remat, **dtypes),
+        projector=dataclasses.replace(cfg.projector, **dtypes),
+        llm=dataclasses.replace(cfg.llm, rolled=rolled, remat=remat, **dtypes),
+        **changes,
+    )
+
+
+def describe(cfg: TimeViperConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """The model's structure, and its parameters' shapes by path; builds nothing."""
+    model = nnx.eval_shape(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    return graph, {
+        "/".join(map(str, path)): jax.ShapeDtypeStruct(param.shape, param.dtype)
+        for path, param in flat
+    }
+
+
+def fill(cfg: TimeViperConfig, params: Params, seed: int, mesh: Mesh) -> Params:
+    """The model's parameters: those given, and initial values for the others.
+
+    New transfers of TransV start from the self-attention they stand before.
+    """
+    _, shapes = describe(cfg)
+    known = {path: array for path, array in params.items() if path in shapes}
+    _check_shapes(known, shapes)
+    missing = [path for path in shapes if path not in known]
+    if not missing:
+        return known
+
+    def initial(known):
+        model = TimeViper(cfg, rngs=nnx.Rngs(seed))
+        graph, params = split(model)
+        model = merge(graph, {**params, **known})
+        if any(path.startswith("llm/transv/") for path in missing):
+            model.llm.init_transfers()
+        _, params = split(model)
+        return {path: params[path] for path in missing}
+
+    shardings = sharding.shard_params(missing, mesh)
+    # On a CPU, optimising a program that runs once takes longer than running it.
+    quick = {"xla_backend_optimization_level": 0}
+    initial = jax.jit(
+        initial,
+        out_shardings=shardings,
+        compiler_options=quick if jax.default_backend() == "cpu" else None,
+    )
+    return {**known, **initial(known)}
+
+
+def _check_shapes(params: Params, shapes: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{path} is {array.shape}, the model wants {shapes[path].shape}"
+        for path, array in params.items()
+        if array.shape != shapes[path].shape
+    ]
+    if wrong:
+        raise ValueError(
+            "These parameters are another model's; use its preset:\n  "
+            + "\n  ".join(wrong)
+        )
