@@ -1,0 +1,92 @@
+r"""TimeViper-9B, stage 1: teach the projector the language model's space.
+
+python train.py --config configs/stage1_align.py --workdir runs/stage1
+python train.py --config configs/stage1_align.py:smoke --workdir runs/stage1_smoke
+python train.py --config configs/stage1_align.py --sweep_index 0 --workdir runs/s1_0
+
+Image-text pairs, the projector alone, TransV off, lr 1e-5, as the paper says. Batch
+size and steps (one epoch of 558k pairs) are not published: these are ours.
+`smoke` trains four steps of a tiny model on pictures that it draws itself.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from configs.common import parse_arg
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the whole experiment; nothing else decides how a run behaves."""
+    arg = parse_arg(arg, smoke=False)
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    c.init_from = ""  # The directory of a run, to begin with its parameters.
+    c.model = dict(
+        preset="nano_9b",
+        dtype="bfloat16",
+        param_dtype="float32",
+        rolled=True,
+        remat=True,
+    )
+    c.mesh = dict(data=1, fsdp=-1, tensor=1, context=1)  # -1: all devices left.
+
+    c.data = dict(
+        manifest="data/stage1/data.yaml",
+        make="",  # Who makes the data if they are missing: nobody.
+        prepared=False,
+        features="",
+        encode_batch=64,
+        tokenizer="data/nano/tokenizer.json",
+        template="nano",
+        num_threads=16,
+    )
+    c.optimizer = dict(
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        warmup=0.03,
+        final_lr=0.0,
+    )
+    c.stage_order = ("align",)
+    c.stages = dict()
+    c.stages.align = dict(
+        task=dict(
+            kind="text",
+            split="train",
+            where=(),
+            num_frames=1,
+            text_tokens=496,
+            answer_tokens=256,
+            num_segments=1,
+            cached=False,
+        ),
+        steps=2_180,
+        batch_size=256,
+        accumulate=1,
+        lr=1e-5,
+        lr_multipliers=(),
+        frozen=(r"^vision/", r"^llm/"),
+        transv=(),
+    )
+    c.log_every = 20
+    c.checkpoint_every = 500
+    c.keep_checkpoints = 2
+
+    if arg.smoke:
+        c.model.update(preset="tiny", dtype="float32", rolled=False, remat=False)
+        c.data.update(manifest="data/shapes/data.yaml", make="shapes", num_threads=2)
+        c.data.update(tokenizer="bytes")
+        c.stages.align.update(steps=4, batch_size=2)
+        c.stages.align.task.update(split="images", text_tokens=120, answer_tokens=24)
+        c.log_every = 1
+    return c
+
+
+def sweep() -> Iterator[dict[str, Any]]:
+    """Yields one run's overrides at a time; `--sweep_index` picks one."""
+    for lr in (5e-6, 1e-5, 1e-4, 1e-3):
+        yield {"stages.align.lr": lr}

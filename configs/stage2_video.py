@@ -1,0 +1,116 @@
+r"""TimeViper-9B, stage 2: instruction tuning on video, with TransV.
+
+python train.py --config configs/stage2_video.py --workdir runs/stage2
+python train.py --config configs/stage2_video.py:frames=512,transv=false ...
+python train.py --config configs/stage2_video.py:smoke --workdir runs/stage2_smoke
+python train.py --config configs/stage2_video.py --sweep_index 2 --workdir runs/s2_2
+
+Projector, language model and TransV learn, the encoder does not; lr 1e-5, TransV's
+5e-5, as the paper says. Batch size and steps (one epoch of 1.3M samples) are not
+published: these are ours. `smoke` trains four steps of a tiny model on films that it
+makes itself.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from configs.common import parse_arg
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the whole experiment; nothing else decides how a run behaves."""
+    arg = parse_arg(arg, frames=256, transv=True, smoke=False)
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    c.init_from = "runs/stage1"
+    c.model = dict(
+        preset="nano_9b",
+        dtype="bfloat16",
+        param_dtype="float32",
+        rolled=True,
+        remat=True,
+    )
+    c.mesh = dict(data=1, fsdp=-1, tensor=1, context=1)  # -1: all devices left.
+
+    c.data = dict(
+        manifest="data/stage2/data.yaml",
+        make="",  # Who makes the data if they are missing: nobody.
+        prepared=False,
+        features="",
+        encode_batch=64,
+        tokenizer="data/nano/tokenizer.json",
+        template="nano",
+        num_threads=16,
+    )
+    c.optimizer = dict(
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        warmup=0.03,
+        final_lr=0.0,
+    )
+    c.stage_order = ("instruct",)
+    c.stages = dict()
+    c.stages.instruct = dict(
+        task=dict(
+            kind="text",
+            split="train",
+            where=(),
+            num_frames=arg.frames,  # At 1 fps, spread evenly when there are more.
+            text_tokens=2_048,
+            answer_tokens=1_024,
+            num_segments=8,
+            cached=False,
+        ),
+        steps=10_000,
+        batch_size=128,
+        accumulate=1,
+        lr=1e-5,
+        lr_multipliers=(),
+        frozen=(r"^vision/",),
+        transv=(),
+    )
+    if arg.transv:  # `keep` is a share of the vision tokens there were at first.
+        c.stages.instruct.transv = (
+            dict(layer=7, keep=0.5, select="uniform"),
+            dict(layer=39, keep=0.1, select="attention"),
+        )
+        c.stages.instruct.lr_multipliers = ((r"^llm/transv/", 5.0),)
+    c.log_every = 20
+    c.checkpoint_every = 500
+    c.keep_checkpoints = 2
+
+    if arg.smoke:
+        c.init_from = ""
+        c.model.update(preset="tiny", dtype="float32", rolled=False, remat=False)
+        c.data.update(manifest="data/shapes/data.yaml", make="shapes", num_threads=2)
+        c.data.update(tokenizer="bytes")
+        c.stages.instruct.update(steps=4, batch_size=2)
+        c.stages.instruct.task.update(
+            split="videos",
+            num_frames=6,
+            text_tokens=120,
+            answer_tokens=24,
+            num_segments=1,
+        )
+        if arg.transv:  # The tiny model is eight layers deep.
+            c.stages.instruct.transv = (
+                dict(layer=1, keep=0.5, select="uniform"),
+                dict(layer=6, keep=0.25, select="attention"),
+            )
+        c.log_every = 1
+    return c
+
+
+def sweep() -> Iterator[dict[str, Any]]:
+    """Yields one run's overrides at a time; `--sweep_index` picks one."""
+    for lr in (5e-6, 1e-5, 2e-5):
+        for factor in (1.0, 5.0):
+            yield {
+                "stages.instruct.lr": lr,
+                "stages.instruct.lr_multipliers": ((r"^llm/transv/", factor),),
+            }

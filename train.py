@@ -1,0 +1,356 @@
+r"""Trains a TimeViper as a config says, and goes on where it was stopped.
+
+python train.py --config configs/needles.py --workdir runs/needles
+python train.py --config configs/needles.py:smoke --workdir runs/smoke
+python train.py --config configs/stage2_video.py --config.seed=1 --workdir runs/video
+python train.py --config configs/stage2_video.py --sweep_index 3 --workdir runs/sweep3
+
+The working directory holds `metrics.jsonl`, TensorBoard's `events/` and `checkpoints/`.
+The same command run again continues from the latest checkpoint, bit for bit. SIGTERM or
+SIGINT (control-C) finishes the step, saves and exits with status 75: run it again to
+continue; a second signal ends it at once.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from timeviper_jax import sharding
+from timeviper_jax.data import (
+    frames,
+    manifest,
+    needle_builder,
+    needles,
+    pipeline,
+    shapes,
+)
+from timeviper_jax.data.features import FeatureStore
+from timeviper_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from timeviper_jax.inference import encode
+from timeviper_jax.timeviper import TimeViper, TimeViperConfig
+from timeviper_jax.training import checkpoint, experiment
+from timeviper_jax.training.experiment import FrameTask, StageConfig
+from timeviper_jax.training.loss import check_answers
+from timeviper_jax.training.metrics import MetricsWriter, summarise
+from timeviper_jax.training.optimizer import (
+    OptimizerConfig,
+    make_optimizer,
+    make_schedule,
+)
+from timeviper_jax.training.parameters import merge
+from timeviper_jax.training.step import TrainState, make_train_step
+
+STOPPED = 75  # What sysexits.h calls a temporary failure: try again.
+
+# How a run is watched may change when it resumes; what it computes may not.
+MAY_CHANGE = {"log_every", "checkpoint_every", "keep_checkpoints"}
+
+
+class StopRequest:
+    """True once a signal asked the run to stop; a second signal ends the process."""
+
+    def __init__(self):
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _) -> None:
+        self._asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+
+def make_tiny_needles(folder: pathlib.Path) -> None:
+    """A few needle videos, made in seconds."""
+    counts = {
+        field.name: 1 if field.name.endswith("_32") else 0
+        for field in dataclasses.fields(needles.NeedlesConfig)
+        if field.name.startswith(needles.SPLITS)
+    }
+    cfg = needles.NeedlesConfig(**{**counts, "train_32": 8, "reel": 64})
+    needles.make(folder, cfg, workers=1)
+
+
+# Data so small that a smoke run makes its own.
+MAKERS = {"shapes": shapes.make, "tiny_needles": make_tiny_needles}
+
+
+def apply_sweep(c: ml_collections.ConfigDict, index: int, path: str) -> None:
+    """Applies the index-th overrides of the config file's `sweep()`."""
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    overrides = list(module.sweep())
+    if not 0 <= index < len(overrides):
+        raise ValueError(f"sweep_index={index} is outside 0..{len(overrides) - 1}.")
+    c.update_from_flattened_dict(overrides[index])
+    logging.info("Sweep %d: %s", index, overrides[index])
+
+
+def check_same_run(config: dict, record: checkpoint.RunRecord, workdir: str) -> None:
+    """Refuses to continue a run whose config was another."""
+    differing = [
+        name
+        for name in sorted({*config, *record.config} - MAY_CHANGE)
+        if config.get(name) != record.config.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{workdir} holds a run whose config differs in {differing}; give the run"
+            " another --workdir, or the config it began with."
+        )
+
+
+def make_tokenizer(name: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer of this name or file, if the model can embed its ids."""
+    tokenizer = ByteTokenizer() if name == "bytes" else JsonTokenizer(name)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer={name} has {tokenizer.vocab_size} ids, the model only"
+            f" {vocab_size}; choose a preset with a larger vocabulary."
+        )
+    return tokenizer
+
+
+def prepared_records(c: ml_collections.ConfigDict, split: str):
+    """The decoded frames of the manifest's data set, as random-access records."""
+    return needle_builder.prepare(pathlib.Path(c.data.manifest).parent).as_data_source(
+        split
+    )
+
+
+def encode_missing(
+    c: ml_collections.ConfigDict,
+    model: TimeViper,
+    store: FeatureStore,
+    paths: list[str],
+    mesh: jax.sharding.Mesh,
+    split: str,
+    stop: StopRequest,
+) -> None:
+    """Encodes the videos that the store lacks; stopped, it keeps what is done."""
+    missing = {path for path in paths if path not in store}
+    if not missing:
+        return
+    if c.data.prepared:
+        folder = pathlib.Path(c.data.manifest).parent
+        recorded = frames.recorded_videos(prepared_records(c, split))
+        videos = (
+            (str(folder / file), pixels)
+            for file, pixels in recorded
+            if str(folder / file) in missing
+        )
+    else:
+        videos = frames.decoded_videos(
+            sorted(missing), model.cfg.vision.image_size, num_threads=c.data.num_threads
+        )
+    run = encode.make_encoder(model, mesh, batch_size=c.data.encode_batch)
+    done = encode.encode_videos(videos, run, store, at_once=8 * c.data.encode_batch)
+    for _ in tqdm(done, total=len(missing), desc="encode", unit="video"):
+        if stop:
+            sys.exit(STOPPED)
+
+
+def text_data(
+    c: ml_collections.ConfigDict, stage: StageConfig, cfg: TimeViperConfig
+) -> pipeline.DataConfig:
+    """What the pipeline is to make for a text stage."""
+    task = stage.task
+    return pipeline.DataConfig(
+        manifest=c.data.manifest,
+        split=task.split,
+        where=task.where,
+        batch_size=stage.batch_size,
+        num_frames=task.num_frames,
+        text_tokens=task.text_tokens,
+        num_segments=task.num_segments,
+        tokens_per_frame=cfg.tokens_per_frame,
+        image_size=cfg.vision.image_size,
+        template=c.data.template,
+        num_threads=c.data.num_threads,
+    )
+
+
+def run(c: ml_collections.ConfigDict, workdir: str) -> None:
+    """Runs every stage of the config, from wherever the last run got to."""
+    # What there is already.
+    config = json.loads(json.dumps(c.to_dict()))
+    stop = StopRequest()
+    mesh = sharding.make_mesh(**c.mesh)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=c.keep_checkpoints)
+    resumed = checkpoints.latest()
+    if resumed:
+        check_same_run(config, resumed, workdir)
+    writer = MetricsWriter(workdir, step=resumed.step if resumed else 0)
+    if c.data.make and not pathlib.Path(c.data.manifest).exists():
+        MAKERS[c.data.make](pathlib.Path(c.data.manifest).parent)
+
+    # The model, from this run's own checkpoint, another run's, or chance.
+    base = experiment.model_config(**c.model)
+    stages = {
+        name: StageConfig.from_dict(config["stages"][name]) for name in c.stage_order
+    }
+    tokenizer = make_tokenizer(c.data.tokenizer, base.llm.vocab_size)
+    optimizer_config = OptimizerConfig(**c.optimizer)
+    params = {}
+    if resumed:
+        params = checkpoints.restore_params(mesh)
+    elif c.init_from:
+        params = checkpoint.load_params(c.init_from, mesh)
+
+    before = 0  # Steps of the stages before this one.
+    for number, (name, stage) in enumerate(stages.items()):
+        first = min(max(resumed.step - before, 0), stage.steps) if resumed else 0
+        if first == stage.steps:
+            logging.info("Stage %s is done: %d steps.", name, stage.steps)
+            before += stage.steps
+            continue
+
+        # What moves, and what stands still.
+        cfg = base.with_transv(stage.transv)
+        graph, _ = experiment.describe(cfg)
+        params = experiment.fill(cfg, params, c.seed, mesh)
+        moving = stage.moving(params)
+        frozen = {path: array for path, array in params.items() if path not in moving}
+        params = {path: array for path, array in params.items() if path in moving}
+        schedule = make_schedule(stage.lr, stage.steps, optimizer_config)
+        optimizer = make_optimizer(
+            params, schedule, optimizer_config, stage.lr_multipliers
+        )
+        shapes = jax.eval_shape(
+            functools.partial(TrainState.create, optimizer=optimizer), params
+        )
+        places = sharding.shard_like_params(shapes, params, mesh)
+        state = jax.device_put(TrainState.create(params, optimizer), places)
+
+        # The batches; each stage has its own order.
+        hosts = dict(
+            seed=c.seed + 1000 * number,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        if isinstance(stage.task, FrameTask):
+            batches = frames.make_frame_batches(
+                prepared_records(c, "train"),
+                batch_size=stage.batch_size,
+                per_record=stage.task.per_record,
+                **hosts,
+            )
+            check = lambda batch: batch
+        else:
+            data, store = text_data(c, stage, cfg), None
+            if stage.task.cached:
+                model = merge(graph, {**frozen, **state.params})
+                store = FeatureStore(c.data.features, encode.fingerprint(model))
+                items = manifest.load(data.manifest, data.split)
+                paths = sorted({path for item in items for path in item.media})
+                encode_missing(c, model, store, paths, mesh, data.split, stop)
+            batches = pipeline.make_batches(data, tokenizer, features=store, **hosts)
+            check = functools.partial(
+                check_answers, answer_tokens=stage.task.answer_tokens
+            )
+        if first:
+            state = checkpoints.restore_state(state, batches)
+
+        train_step = jax.jit(
+            make_train_step(
+                graph, stage.task.objective, optimizer, accumulate=stage.accumulate
+            ),
+            donate_argnums=0,
+            out_shardings=(places, NamedSharding(mesh, P())),
+        )
+        save = functools.partial(checkpoints.save, frozen=frozen, batches=batches)
+        record = functools.partial(checkpoint.RunRecord, stage=name, config=config)
+        logging.info("Stage %s, from step %d of %d.", name, first, stage.steps)
+        window, since = [], time.monotonic()
+        bar = tqdm(
+            total=stage.steps,
+            initial=first,
+            desc=name,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+        )
+        with jax.set_mesh(mesh), bar, contextlib.closing(batches):
+            for step in range(first, stage.steps):
+                # Save before taking a batch, so that a resumed run sees this very one.
+                if stop or (step > first and step % c.checkpoint_every == 0):
+                    save(record(step=before + step, stage_step=step), state)
+                if stop:
+                    checkpoints.close()
+                    logging.warning("Stopped before step %d of %s.", step, name)
+                    sys.exit(STOPPED)
+                batch = sharding.put(check(next(batches)), mesh)
+                state, means = train_step(state, frozen, batch)
+                window.append(means)
+                bar.update()
+                if (step + 1) % c.log_every == 0 or step + 1 == stage.steps:
+                    scalars = summarise(window)  # The host waits for the device here.
+                    scalars["lr"] = float(schedule(step))
+                    seconds = time.monotonic() - since
+                    scalars["steps_per_second"] = len(window) / seconds
+                    writer.write(before + step + 1, scalars, stage=name)
+                    bar.set_postfix(loss=f"{scalars['loss']:.3f}")
+                    window, since = [], time.monotonic()
+            save(record(step=before + stage.steps, stage_step=stage.steps), state)
+        params = {**frozen, **state.params}
+        before += stage.steps
+    checkpoints.close()
+    writer.close()
+    logging.info("Done: %d steps, kept in %s.", before, workdir)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The command line; whatever decides results is in the config instead."""
+    config_flags.DEFINE_config_file(
+        "config", None, "The experiment: FILE.py or FILE.py:ARG.", values
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Where the run is kept, and resumed from.", values
+    )
+    flags.DEFINE_integer(
+        "sweep_index", None, "Which of the config's sweep() to run.", values
+    )
+    flags.DEFINE_string(
+        "compilation_cache", "", "A folder to keep compiled programs in.", values
+    )
+    flags.DEFINE_bool("multihost", False, "Join the other hosts of a pod.", values)
+    flags.mark_flags_as_required(["config", "workdir"], values)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1:]} are no flags; flags begin with --.")
+    # orbax tells every file it touches.
+    handler = logging.get_absl_handler()
+    handler.addFilter(lambda record: "orbax" not in record.pathname)
+    values = flags.FLAGS
+    if values.multihost:
+        jax.distributed.initialize()
+    if values.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", values.compilation_cache)
+    c = values.config
+    if values.sweep_index is not None:
+        path = config_flags.get_config_filename(values["config"])
+        apply_sweep(c, values.sweep_index, path)
+    run(c, values.workdir)
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    app.run(main)
