@@ -1,1 +1,1 @@
-"""Prefill, decoding, and answering questions about a video."""
+"""Encoding, watching and answering."""

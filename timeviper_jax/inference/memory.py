@@ -1,0 +1,108 @@
+"""What is kept of videos that were watched, ready for any number of questions.
+
+A value: asking takes a copy of the rows it needs and leaves the memory as it was.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from timeviper_jax.inference.held import Held
+from timeviper_jax.layers.cache import Cache, Slots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """The cache of a stretch of layers, and how many of its slots are used.
+
+    `capacity` is None where no layer attends: a state of fixed size holds any number
+    of tokens.
+    """
+
+    layers: tuple[int, int]
+    cache: Cache
+    used: int
+    capacity: int | None
+
+    def check_room(self, tokens: int) -> None:
+        """Raises where `tokens` more do not fit; a full cache would overwrite itself."""
+        if self.capacity is not None and self.used + tokens > self.capacity:
+            raise ValueError(
+                f"The cache of layers {self.layers[0]} to {self.layers[1] - 1} holds"
+                f" {self.capacity} tokens, {self.used} are in it and {tokens} more are"
+                " wanted; watch with a larger text_room."
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DroppedKV:
+    """Keys and values of the tokens that a stage dropped, as its transfer reads them."""
+
+    k: Float[Array, "B R K H"]
+    v: Float[Array, "B R K H"]
+    valid: Bool[Array, "B R"]
+    used: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Videos, one a row, as far as the layers could read them without a question.
+
+    `dropped[i]` is for stage i, None where it has no transfer. `held` is the residual
+    before the first stage that ranks by attention, which waits for a question; the
+    stretches after it are not there yet.
+    """
+
+    stretches: tuple[Stretch, ...]
+    dropped: tuple[DroppedKV | None, ...]
+    held: Held | None
+    vision_counts: Int[np.ndarray, "B"]  # Before any stage.
+
+    @property
+    def rows(self) -> int:
+        return len(self.vision_counts)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the videos cost to keep."""
+        arrays = jax.tree.leaves([[s.cache for s in self.stretches], self.dropped])
+        held = self.held.x.nbytes if self.held else 0
+        return sum(array.nbytes for array in arrays) + held
+
+
+@jax.jit
+def take_cache(cache: Cache, rows: Int[Array, "Q"]) -> Cache:
+    """The rows of a cache, each as often as it is named."""
+    stacked = lambda tree: jax.tree.map(lambda z: z[:, rows], tree)
+    # A copy of `used` too: what is taken is given away to be written over.
+    slots = Slots(valid=cache.slots.valid[rows], used=jnp.copy(cache.slots.used))
+    return Cache(
+        mamba=stacked(cache.mamba), attention=stacked(cache.attention), slots=slots
+    )
+
+
+@jax.jit
+def take_dropped(dropped: DroppedKV, rows: Int[Array, "Q"]) -> DroppedKV:
+    """The rows of dropped tokens, each as often as it is named."""
+    return dataclasses.replace(
+        dropped, k=dropped.k[rows], v=dropped.v[rows], valid=dropped.valid[rows]
+    )
+
+
+def take(memory: Memory, rows: Sequence[int]) -> Memory:
+    """A memory of its own with these rows, each as often as it is named."""
+    index = np.asarray(rows, np.int32)
+    return Memory(
+        stretches=tuple(
+            dataclasses.replace(s, cache=take_cache(s.cache, index))
+            for s in memory.stretches
+        ),
+        dropped=tuple(d and take_dropped(d, index) for d in memory.dropped),
+        held=memory.held and memory.held.take(rows),
+        vision_counts=memory.vision_counts[index],
+    )
