@@ -1,5 +1,6 @@
 """Public entry point of the SSD op: checks arguments, then picks an implementation."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -8,9 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.platform import target_platform
 from pallas_kernels.segments import segment_starts
-from pallas_kernels.ssd import reference, scan
+from pallas_kernels.ssd import associative_scan, reference, scan
 
-Implementation = Literal["scan", "reference"]
+Implementation = Literal["scan", "associative_scan", "reference"]
 
 _PREFERRED: dict[str, Implementation] = {"cpu": "scan", "gpu": "scan", "tpu": "scan"}
 
@@ -59,7 +60,10 @@ def ssd(
         raise ValueError(f"{chunk_size=} must be at least 1.")
     name = implementation or _PREFERRED[target_platform()]
     run: dict[Implementation, Callable] = {
-        "scan": lambda *args: scan.ssd(*args, chunk_size=chunk_size),
+        "scan": functools.partial(scan.ssd, chunk_size=chunk_size),
+        "associative_scan": functools.partial(
+            associative_scan.ssd, chunk_size=chunk_size
+        ),
         "reference": reference.ssd,
     }
     if name not in run:

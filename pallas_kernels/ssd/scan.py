@@ -1,14 +1,19 @@
 """SSD in plain XLA: matmuls inside a chunk, a scan between chunks.
 
-Runs anywhere and differentiates with no custom rule. Algorithm 1 of
-https://arxiv.org/abs/2405.21060; the comments name its four steps. Heads of one group
-share b and c, which are never repeated: `r` counts the heads of a group.
+Algorithm 1 of https://arxiv.org/abs/2405.21060; the comments name its four steps. The
+backward pass is written out: it keeps each chunk's inputs and first state, nothing of
+size L x L, and takes the gradient of a decay as a sum of the terms that cross it, so
+that nothing cancels, however strong the decay.
 """
 
-import einops
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.ssd import chunks
+from pallas_kernels.ssd.chunks import Chunks
 
 
 def ssd(
@@ -22,50 +27,88 @@ def ssd(
     *,
     chunk_size: int,
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N P S"]]:
-    """See `api.ssd`; T is padded to whole chunks with dt = 0, which changes nothing."""
-    T, G = x.shape[1], b.shape[2]
-    pad = -T % chunk_size
-    a = einops.rearrange(a, "(G r) -> G r 1", G=G)
-    causal = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))
+    """See `api.ssd`."""
+    cut = chunks.cut(x, dt, a, b, c, starts, chunk_size)
+    state = chunks.split_heads(initial_state, G=b.shape[2])
+    y, state = _scan(cut, state)
+    return chunks.join(y, T=x.shape[1]), chunks.merge_heads(state)
 
-    def to_chunks(z, pattern, **sizes):
-        z = jnp.pad(z, [(0, 0), (0, pad)] + [(0, 0)] * (z.ndim - 2))
-        return einops.rearrange(z, pattern, L=chunk_size, **sizes)
 
-    def one_chunk(state, inputs):
-        x, dt, b, c, *start = inputs
-        log_decay = jnp.cumsum(a * dt, axis=-1)  # B G r L, from the chunk's start.
-        seen, fresh, kept = causal, jnp.exp(log_decay), log_decay[..., -1:] - log_decay
-        kept = jnp.exp(kept)
-        through = jnp.exp(log_decay[..., -1])
-        if start:
-            run = jnp.cumsum(start[0], axis=-1)[:, None, None]  # B 1 1 L
-            seen = seen & (run[..., :, None] == run[..., None, :])
-            fresh = jnp.where(run == 0, fresh, 0)
-            kept = jnp.where(run == run[..., -1:], kept, 0)
-            through = jnp.where(run[..., -1] == 0, through, 0)
-        xdt = x * dt[..., None]
+@jax.custom_vjp
+def _scan(cut: Chunks, state: Float[Array, "B G r P S"]):
+    return _forward(cut, state)[0]
+
+
+def _forward(cut: Chunks, state: Float[Array, "B G r P S"]):
+    """All chunks in order: (outputs, last state), and what the backward pass needs."""
+
+    def one_chunk(state, chunk):
+        xdt, log_decay, b, c, run = chunk
+        decay = chunks.decay(log_decay, run)
         # 1. Within the chunk: attention whose mask is the decay between positions.
-        span = jnp.minimum(log_decay[..., :, None] - log_decay[..., None, :], 0)
-        weight = jnp.where(seen, jnp.exp(span), 0)  # B G r L M
-        scores = jnp.einsum("BGLS,BGMS->BGLM", c, b)
-        y = jnp.einsum("BGrLM,BGrMP->BGrLP", scores[:, :, None] * weight, xdt)
+        scores = jnp.einsum("BGlS,BGmS->BGlm", c, b)[:, :, None]
+        y = jnp.einsum("BGrlm,BGrmP->BGrlP", scores * decay.between, xdt)
         # 2. What earlier chunks left behind, read through this chunk's decay.
-        y += jnp.einsum("BGLS,BGrPS->BGrLP", c, state) * fresh[..., None]
+        y += jnp.einsum("BGlS,BGrPS->BGrlP", c, state) * decay.from_start
         # 3. and 4. This chunk's own state, added to the decayed one it was given.
-        state = state * through[..., None, None]
-        state += jnp.einsum("BGLS,BGrLP->BGrPS", b, xdt * kept[..., None])
-        return state, y
+        own = jnp.einsum("BGmS,BGrmP->BGrPS", b, xdt * decay.to_end)
+        return decay.across * state + own, (y, state)
 
-    chunks = [
-        to_chunks(x, "B (C L) (G r) P -> C B G r L P", G=G),
-        to_chunks(dt, "B (C L) (G r) -> C B G r L", G=G),
-        to_chunks(b, "B (C L) G S -> C B G L S"),
-        to_chunks(c, "B (C L) G S -> C B G L S"),
-    ]
-    if starts is not None:
-        chunks.append(to_chunks(starts, "B (C L) -> C B L"))
-    state = einops.rearrange(initial_state, "B (G r) P S -> B G r P S", G=G)
-    state, y = jax.lax.scan(jax.checkpoint(one_chunk), state, tuple(chunks))
-    y = einops.rearrange(y, "C B G r L P -> B (C L) (G r) P")[:, :T]
-    return y, einops.rearrange(state, "B G r P S -> B (G r) P S")
+    last, (y, states) = jax.lax.scan(one_chunk, state, cut)
+    return (y, last), (cut, states)
+
+
+def _backward(residuals, cotangents):
+    """The chunks in reverse; `dz` is the cotangent of z."""
+
+    def one_chunk(dstate, inputs):
+        (xdt, log_decay, b, c, run), state, dy = inputs
+        decay = chunks.decay(log_decay, run)
+        scores = jnp.einsum("BGlS,BGmS->BGlm", c, b)[:, :, None]
+
+        dscores = jnp.einsum("BGrlP,BGrmP->BGrlm", dy, xdt) * decay.between
+        dy_start = dy * decay.from_start
+        dc = jnp.einsum("BGrlP,BGrPS->BGrlS", dy_start, state)
+        dxdt_end = jnp.einsum("BGmS,BGrPS->BGrmP", b, dstate) * decay.to_end
+        dxdt = jnp.einsum("BGrlm,BGrlP->BGrmP", scores * decay.between, dy) + dxdt_end
+        db = jnp.einsum("BGrmP,BGrPS->BGmS", xdt * decay.to_end, dstate)
+        # The terms of the loss that a token's decay is a factor of, by where they go.
+        crossing = (
+            _sum_across(dscores * scores),
+            _sum_last(dc * c[:, :, None]),
+            _sum_last(dxdt_end * xdt),
+            jnp.sum(dstate * state * decay.across, axis=(-2, -1)),
+        )
+        dscores = dscores.sum(2)
+        dc = dc.sum(2) + jnp.einsum("BGlm,BGmS->BGlS", dscores, b)
+        db += jnp.einsum("BGlm,BGlS->BGmS", dscores, c)
+        dstate = decay.across * dstate
+        dstate += jnp.einsum("BGlS,BGrlP->BGrPS", c, dy_start)
+        return dstate, (dxdt, db, dc, crossing)
+
+    (cut, states), (dy, dlast) = residuals, cotangents
+    dstate, (dxdt, db, dc, crossing) = jax.lax.scan(
+        one_chunk, dlast, (cut, states, dy), reverse=True
+    )
+    inside, from_start, to_end, across = crossing
+    lower = jnp.tril(jnp.ones((dxdt.shape[-2],) * 2, dxdt.dtype))
+    matmul = functools.partial(jnp.matmul, precision="highest")
+    dlog_decay = inside + across[..., None]
+    dlog_decay += matmul(from_start, lower)  # State into l: all decays up to l.
+    dlog_decay += matmul(to_end, jnp.triu(lower.T, 1))  # m into state: all after m.
+    return Chunks(dxdt, dlog_decay, db, dc, None), dstate
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def _sum_across(terms: Float[Array, "B G r L L"]) -> Float[Array, "B G r L"]:
+    """For each token t, the sum of the terms from an m < t to an l >= t."""
+    lower = jnp.tril(jnp.ones((terms.shape[-1],) * 2, terms.dtype))
+    before = jnp.einsum("BGrlm,mt->BGrlt", terms, jnp.triu(lower.T, 1))
+    return jnp.sum(before * lower, axis=-2)
+
+
+def _sum_last(terms: Float[Array, "B G r L X"]) -> Float[Array, "B G r L"]:
+    """A sum as a matmul, which XLA on CPU runs several times faster than its own."""
+    return jnp.einsum("BGrLX,X->BGrL", terms, jnp.ones(terms.shape[-1], terms.dtype))
