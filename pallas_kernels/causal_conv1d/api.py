@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.causal_conv1d import xla
 from pallas_kernels.platform import target_platform
@@ -68,30 +68,26 @@ def causal_conv1d(
         raise ValueError(f"{implementation=} is not one of {get_args(Implementation)}.")
 
     padded = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
-    runs = None if segment_ids is None else _runs(segment_ids, K)
-    y = run[name](padded, weight, bias, runs)
+    starts = None
+    if segment_ids is not None:
+        starts = jnp.pad(segment_starts(segment_ids), [(0, 0), (K - 1, 0)])
+    y = run[name](padded, weight, bias, starts)
     y = jax.nn.silu(y) if activation == "silu" else y
     ends = jnp.full((B,), T) if lengths is None else lengths
-    return y.astype(x.dtype), _last_inputs(padded, runs, ends, K)
-
-
-def _runs(segment_ids: Int[Array, "B T"], K: int) -> Int[Array, "B I"]:
-    """Numbers the segments 0, 1, ... in order; the inputs before x are in the first."""
-    runs = jnp.cumsum(segment_starts(segment_ids), axis=1)
-    return jnp.pad(runs, [(0, 0), (K - 1, 0)])
+    return y.astype(x.dtype), _last_inputs(padded, starts, ends, K)
 
 
 def _last_inputs(
     padded: Float[Array, "B I C"],
-    runs: Int[Array, "B I"] | None,
+    starts: Bool[Array, "B I"] | None,
     ends: Int[Array, "B"],
     K: int,
 ) -> Float[Array, "B {K}-1 C"]:
     """The K - 1 inputs before each row's end, zero where they are another segment's."""
     index = ends[:, None] + jnp.arange(K - 1)  # B K-1
     state = jnp.take_along_axis(padded, index[..., None], axis=1)
-    if runs is None:
+    if starts is None:
         return state
-    ending = jnp.take_along_axis(runs, (ends + K - 2)[:, None], axis=1)
-    same = jnp.take_along_axis(runs, index, axis=1) == ending
-    return jnp.where(same[..., None], state, 0)
+    starts = jnp.take_along_axis(starts, index, axis=1)
+    starts_after = jax.lax.cumsum(starts.astype(int), axis=1, reverse=True) - starts
+    return jnp.where(starts_after[..., None] == 0, state, 0)

@@ -1,16 +1,16 @@
 """The causal convolution as K shifted multiplies, which XLA fuses into one pass."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 
 def causal_conv1d(
     padded: Float[Array, "B I C"],
     weight: Float[Array, "K C"],
     bias: Float[Array, "C"] | None,
-    runs: Int[Array, "B I"] | None,
+    starts: Bool[Array, "B I"] | None,
 ) -> Float[Array, "B T C"]:
-    """Sums the taps in float32; a tap counts only within its token's run.
+    """Sums the taps in float32, from the current token back to its segment's start.
 
     `padded` holds I = K - 1 + T inputs: those before the first token, then x.
     """
@@ -18,10 +18,11 @@ def causal_conv1d(
     T = padded.shape[1] - (K - 1)
     dtype = jnp.promote_types(padded.dtype, jnp.float32)
     y = jnp.zeros((), dtype) if bias is None else bias.astype(dtype)
-    for k in range(K):
-        tap = padded[:, k : k + T].astype(dtype) * weight[k].astype(dtype)
-        if runs is not None:
-            same = runs[:, k : k + T] == runs[:, K - 1 :]
-            tap = jnp.where(same[..., None], tap, 0)
+    reached = True
+    for first in reversed(range(K)):
+        tap = padded[:, first : first + T].astype(dtype) * weight[first].astype(dtype)
+        if starts is not None:
+            tap = jnp.where(reached, tap, 0)
+            reached = reached & ~starts[:, first : first + T, None]
         y = y + tap
     return y
