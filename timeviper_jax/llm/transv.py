@@ -91,8 +91,14 @@ def kept_counts(keep: float, capacity: int) -> np.ndarray:
 
 def kept_capacity(keep: float, capacity: int, num_segments: int) -> int:
     """The most tokens that samples of a full row can keep together."""
-    # Rounding in float64 can favour the parts by one token each over the whole.
-    return min(capacity, int(capacity * keep) + num_segments - 1)
+    # Rounding in float64 can favour the parts over the whole, by one.
+    return min(capacity, int(capacity * keep) + (num_segments > 1))
+
+
+def dropped_capacity(before: int, after: int, num_segments: int) -> int:
+    """The most tokens a row can lose where its capacity falls from before to after."""
+    # What a sample loses is the difference of two rounded counts.
+    return min(before, before - after + num_segments)
 
 
 def _multiply_divide(
@@ -198,8 +204,7 @@ def split_stream(
     after = min(
         before, kept_capacity(keep, stream.original_capacity, stream.num_segments)
     )
-    # Both counts of a sample are rounded, which can drop one more than the row's.
-    num_dropped = min(before, before - after + 2 * stream.num_segments - 1)
+    num_dropped = dropped_capacity(before, after, stream.num_segments)
     gone, real = where_true(stream.is_vision & ~kept, num_dropped)
     dropped = Dropped(
         x=take(stream.x, gone),
