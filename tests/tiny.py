@@ -14,7 +14,7 @@ from timeviper_jax.data.examples import Role
 from timeviper_jax.llm.hybrid import HybridConfig, HybridLM
 from timeviper_jax.llm.stream import Stream, make_stream
 
-_ROLES = {
+ROLES = {
     "t": Role.TEXT,
     "v": Role.VISION,
     "q": Role.INSTRUCTION,
@@ -108,7 +108,7 @@ def stream(
         start = 0
         for segment, sample in enumerate(filter(None, row.split("|")), start=1):
             here = slice(start, start + len(sample))
-            roles[b, here] = [_ROLES[c] for c in sample]
+            roles[b, here] = [ROLES[c] for c in sample]
             segment_ids[b, here] = segment
             x[b, here] = embeddings(sample, dim)
             start = here.stop

@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "nano_mixer_modules": _EVERYTHING,
     "nano_pdrop_uni_attn_ca": _INFERENCE,
     "nano_pdrop_4stage_ca": _INFERENCE,
-    "nano_pdrop_uni_layer0_ca": _INFERENCE,
+    "nano_pdrop_uni_layer0_ca": (*_INFERENCE, "grad.*", "out.train.l*"),
     "nano_packed_nopdrop": _EVERYTHING,
     "tome_17_to16": _EVERYTHING,
     "tome_256x128_to16": _EVERYTHING,
