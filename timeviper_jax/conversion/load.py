@@ -69,10 +69,12 @@ def _place(
 ) -> tuple[dict[str, dict[int, np.ndarray]], list[str]]:
     """Returns path -> layer -> array, and what found no place or a taken one."""
     parts, problems = defaultdict(dict), []
+    # A deep model has more patterns than `re` remembers.
+    rules = [(re.compile(pattern), *rest) for pattern, *rest in rules]
     for name, tensor in tensors.items():
         if _matches_any(ignore, name):
             continue
-        matches = [(re.fullmatch(pattern, name), *rest) for pattern, *rest in rules]
+        matches = [(pattern.fullmatch(name), *rest) for pattern, *rest in rules]
         matches = [match for match in matches if match[0]]
         if not matches:
             problems.append(f"{name} {tensor.shape}: no rule matches it")

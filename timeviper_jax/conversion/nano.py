@@ -64,6 +64,12 @@ def config_from_json(config: Mapping[str, Any]) -> HybridConfig:
     for name, value in _FIXED.items():
         if config.get(name, value) != value:
             raise ValueError(f"{name}={config[name]!r} is not supported, only {value}.")
+    pattern = config["hybrid_override_pattern"]
+    if config.get("num_hidden_layers", len(pattern)) != len(pattern):
+        raise ValueError(
+            f"{config['num_hidden_layers']} layers and a pattern of {len(pattern)},"
+            f" {pattern!r}; mend config.json."
+        )
     low, high = config.get("time_step_limit", (0.0, float("inf")))
     return HybridConfig(
         **{ours: config[theirs] for ours, theirs in _FIELDS.items()},
