@@ -99,4 +99,109 @@ def _last_logits(model, batch):
 def one_pass(stages: str, examples: list[Example]) -> np.ndarray:
     """The logits after the last token of each, by the model's forward pass."""
     size = RowSize(num_frames=12, text_tokens=24, tokens_per_frame=V)
-    return np.asarray(_last_logits(model(stages), collate([[e] for e in examples], size)))
+    return np.asarray(
+        _last_logits(model(stages), collate([[e] for e in examples], size))
+    )
+
+
+def watch(stages: str, examples: list[Example], cfg: ViewerConfig = CFG):
+    viewer = Viewer(model(stages), cfg)
+    return viewer, viewer.watch([parts(example)[0] for example in examples])
+
+
+def about(video: Example, question: Example) -> Example:
+    """The question of one example about the video of another."""
+    seen, asked = parts(video)[0], parts(question)[1]
+    return dataclasses.replace(
+        video,
+        tokens=np.concatenate([seen.tokens, asked.tokens]),
+        roles=np.concatenate([seen.roles, asked.roles]),
+        loss_mask=np.concatenate([seen.loss_mask, asked.loss_mask]),
+    )
+
+
+# Two ragged videos, two questions about the first, one with an answer begun.
+LONG, SHORT = prompt(11, 5), prompt(7, 6)
+AGAIN = about(LONG, prompt(3, 7, prefix=2))
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_staged_and_chunked_is_one_pass(stages):
+    viewer, memory = watch(stages, [LONG, SHORT])
+    asked = [LONG, SHORT, AGAIN]
+    got = viewer.logits(memory, [parts(e)[1] for e in asked], rows=[0, 1, 0])
+    np.testing.assert_allclose(got, one_pass(stages, asked), **FLOAT32)
+
+
+@pytest.mark.parametrize("chunk", [5, 32])
+def test_the_chunk_size_changes_nothing(chunk):
+    cfg = dataclasses.replace(CFG, chunk=chunk, text_chunk=8)
+    viewer, memory = watch("uniform_attention", [LONG, SHORT], cfg)
+    asked = [LONG, SHORT]
+    got = viewer.logits(memory, [parts(e)[1] for e in asked])
+    np.testing.assert_allclose(got, one_pass("uniform_attention", asked), **FLOAT32)
+
+
+@pytest.mark.parametrize("stages", ["none", "uniform_attention"])
+def test_decoding_step_by_step_is_one_pass_at_every_cut(stages):
+    viewer, memory = watch(stages, [LONG, SHORT])
+    asked = [LONG, SHORT, AGAIN]
+    decoding = Decoding(max_tokens=4)
+    answers = viewer.ask(
+        memory, [parts(e)[1] for e in asked], rows=[0, 1, 0], decoding=decoding
+    )
+    for cut in range(4):
+        begun = [_answered(e, ids[:cut]) for e, ids in zip(asked, answers, strict=True)]
+        want = one_pass(stages, begun)
+        assert [ids[cut] for ids in answers] == want.argmax(-1).tolist()
+
+
+def _answered(example: Example, ids: list[int]) -> Example:
+    roles = np.full(len(ids), Role.ANSWER, np.int32)
+    return dataclasses.replace(
+        example,
+        tokens=np.concatenate([example.tokens, np.array(ids, np.int32)]),
+        roles=np.concatenate([example.roles, roles]),
+        loss_mask=np.zeros(len(example.tokens) + len(ids), bool),
+    )
+
+
+def test_asking_leaves_the_memory_as_it_was():
+    viewer, memory = watch("uniform_attention", [LONG, SHORT])
+    question = parts(LONG)[1]
+    first, second = (
+        viewer.ask(memory, [question], decoding=Decoding(max_tokens=3))
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_answers_stream_and_stop_at_a_stop_id():
+    viewer, memory = watch("none", [LONG])
+    question, heard = parts(LONG)[1], []
+    whole = viewer.ask(memory, [question], decoding=Decoding(max_tokens=4))
+    stop = Decoding(max_tokens=4, stop_ids=(whole[0][2],))
+    listen = lambda number, ids: heard.append((number, ids))
+    cut = viewer.ask(memory, [question], decoding=stop, on_tokens=listen)
+    assert cut == [whole[0][:2]]
+    assert heard == [(0, [whole[0][0]]), (0, [whole[0][1]])]
+
+
+def test_a_full_cache_is_an_error():
+    viewer, memory = watch("none", [LONG])
+    with pytest.raises(ValueError, match="larger text_room"):
+        viewer.ask(memory, [parts(LONG)[1]], decoding=Decoding(max_tokens=99))
+
+
+def test_a_question_without_tokens_is_an_error():
+    viewer, memory = watch("none", [LONG])
+    nothing = split_prompt(parts(LONG)[1])[0]
+    with pytest.raises(ValueError, match="without a token"):
+        viewer.ask(memory, [nothing], decoding=Decoding())
+
+
+def test_text_alone_is_answered():
+    text = prompt(0, 6)
+    viewer, memory = watch("uniform", [parts(text)[0]])
+    got = viewer.logits(memory, [parts(text)[1]])
+    np.testing.assert_allclose(got, one_pass("uniform", [text]), **FLOAT32)

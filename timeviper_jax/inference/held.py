@@ -1,4 +1,4 @@
-"""Rows of residual between two stretches of layers, held on the host, and thinned there.
+"""Rows of residual between two stretches of layers, held and thinned on the host.
 
 What is held is all that grows with the video between TransV's stages. NumPy thins it:
 no length compiles anything. The rules are those of `llm/transv.py`, which thins within

@@ -29,7 +29,7 @@ class Stretch:
     capacity: int | None
 
     def check_room(self, tokens: int) -> None:
-        """Raises where `tokens` more do not fit; a full cache would overwrite itself."""
+        """Raises if `tokens` more do not fit; a full cache overwrites itself."""
         if self.capacity is not None and self.used + tokens > self.capacity:
             raise ValueError(
                 f"The cache of layers {self.layers[0]} to {self.layers[1] - 1} holds"
@@ -41,7 +41,7 @@ class Stretch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DroppedKV:
-    """Keys and values of the tokens that a stage dropped, as its transfer reads them."""
+    """Keys and values, for a stage's transfer, of the tokens it dropped."""
 
     k: Float[Array, "B R K H"]
     v: Float[Array, "B R K H"]
@@ -76,7 +76,7 @@ class Memory:
 
 
 @jax.jit
-def take_cache(cache: Cache, rows: Int[Array, "Q"]) -> Cache:
+def take_cache(cache: Cache, rows: Int[Array, "R"]) -> Cache:
     """The rows of a cache, each as often as it is named."""
     stacked = lambda tree: jax.tree.map(lambda z: z[:, rows], tree)
     # A copy of `used` too: what is taken is given away to be written over.
@@ -87,7 +87,7 @@ def take_cache(cache: Cache, rows: Int[Array, "Q"]) -> Cache:
 
 
 @jax.jit
-def take_dropped(dropped: DroppedKV, rows: Int[Array, "Q"]) -> DroppedKV:
+def take_dropped(dropped: DroppedKV, rows: Int[Array, "R"]) -> DroppedKV:
     """The rows of dropped tokens, each as often as it is named."""
     return dataclasses.replace(
         dropped, k=dropped.k[rows], v=dropped.v[rows], valid=dropped.valid[rows]

@@ -114,7 +114,7 @@ class Viewer:
     def _embedded(
         self, videos: Sequence[Example], rows: int
     ) -> tuple[Iterator[tuple[jax.Array, np.ndarray]], Int[np.ndarray, "B"]]:
-        """Chunks of (embeddings, roles) of the rows, and their vision tokens' counts."""
+        """Chunks of (embeddings, roles), and the vision tokens of each row."""
         length = max((len(video.tokens) for video in videos), default=0)
         length += -length % self.cfg.chunk
         tokens, roles = np.zeros((2, rows, length), np.int32)
@@ -262,13 +262,9 @@ class Viewer:
             [state.held.roles != Role.PAD, np.arange(U) <= at[:, None]], axis=1
         )
         scores = held.mean_attention(logits, visible)[:, :T]
-        return held.kept_best(
-            state.held.roles, state.vision_counts, stage.keep, scores
-        )
+        return held.kept_best(state.held.roles, state.vision_counts, stage.keep, scores)
 
-    def _transfer(
-        self, number: int, question: Held, dropped: DroppedKV | None
-    ) -> Held:
+    def _transfer(self, number: int, question: Held, dropped: DroppedKV | None) -> Held:
         """The question after it has read what a stage dropped."""
         if dropped is None:
             return question

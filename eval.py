@@ -1,0 +1,209 @@
+r"""Scores a trained TimeViper on the needle questions, or asks it about a video.
+
+python eval.py --workdir runs/needles --data data/needles
+python eval.py --workdir runs/needles --data data/needles --frames 32,512 --kinds when
+python eval.py --workdir runs/needles --video holiday.mp4 --ask "When is the cat shown?"
+
+Scores go to the run's directory: `eval/results.json`, `eval/records.json` (every
+answer) and `eval/needles.png`. A video is any file that PyAV opens, an image, or a
+folder of images; it is watched once, whatever the number of questions, and its encoded
+frames are kept for the next time.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from timeviper_jax.data.conversation import Media, Turn, encode_prompt
+from timeviper_jax.data.examples import Example
+from timeviper_jax.data.needle_questions import KINDS
+from timeviper_jax.data.video import VideoError
+from timeviper_jax.evals import report, run, runner
+from timeviper_jax.evals.needles import FRAMES, NeedleBenchmark
+from timeviper_jax.inference.sampling import Decoding
+from timeviper_jax.inference.viewer import Viewer, ViewerConfig, split_prompt
+
+
+class Answer:
+    """An answer on its way to the terminal: what is new of its text, as it comes."""
+
+    def __init__(self, run_: run.Run):
+        self._tokenizer = run_.tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def __call__(self, _: int, ids: list[int]) -> None:
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids)
+        # Bytes that are not a character yet may become one.
+        self._print(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def end(self) -> None:
+        self._print(self._tokenizer.decode(self._ids) + "\n")
+
+    def _print(self, text: str) -> None:
+        print(text[self._shown :], end="", flush=True)
+        self._shown = len(text)
+
+
+def ask(values: flags.FlagValues) -> None:
+    """Answers the questions about one video, word by word."""
+    if empty := [question for question in values.ask if not question.strip()]:
+        raise ValueError(f"The question {empty[0]!r} is empty; ask something.")
+    times = run.watch_times(values.video, values.max_frames)
+    run_ = run.load(values.workdir)
+    features = run.encode_file(run_, values.video, times)
+    prompts = [
+        encode_prompt(
+            [Turn("user", (Media(len(times)), question))],
+            run_.tokenizer,
+            run_.template,
+            tokens_per_frame=run_.model.cfg.tokens_per_frame,
+            answer_prefix=values.answer_prefix,
+        )
+        for question in values.ask
+    ]
+    before, _ = split_prompt(prompts[0])
+    longest = max(len(split_prompt(prompt)[1].tokens) for prompt in prompts)
+    viewer = Viewer(
+        run_.model,
+        ViewerConfig(
+            chunk=256,
+            text_room=longest + 64 + values.max_tokens,
+            smallest_cache=512,
+            cache_growth=4,
+        ),
+    )
+    memory = viewer.watch(
+        [
+            Example(
+                tokens=before.tokens,
+                roles=before.roles,
+                loss_mask=before.loss_mask,
+                frame_times=times.astype(np.float32),
+                features=features,
+            )
+        ]
+    )
+    decoding = Decoding(
+        max_tokens=values.max_tokens,
+        stop_ids=run_.template.stop_ids(run_.tokenizer),
+        temperature=values.temperature,
+        top_k=values.top_k,
+        top_p=values.top_p,
+    )
+    for question, prompt in zip(values.ask, prompts, strict=True):
+        print(f"{question}\n  {values.answer_prefix}", end="", flush=True)
+        answer = Answer(run_)
+        viewer.ask(
+            memory,
+            [split_prompt(prompt)[1]],
+            decoding=decoding,
+            seed=values.seed,
+            on_tokens=answer,
+        )
+        answer.end()
+
+
+def score(values: flags.FlagValues) -> None:
+    """Asks the benchmark's questions and writes what came of it."""
+    benchmark = NeedleBenchmark(
+        data=values.data,
+        split=values.split,
+        frames=tuple(map(int, values.frames)),
+        kinds=tuple(values.kinds),
+        max_questions=values.max_questions,
+        seed=values.seed,
+    )
+    questions = benchmark.questions()
+    run_ = run.load(values.workdir)
+    out = pathlib.Path(values.out or pathlib.Path(values.workdir) / "eval")
+    run.encode_missing(run_, [question.video for question in questions])
+
+    records = runner.run(run_, benchmark)
+    results = report.summarise(records, run_.compression, seed=values.seed)
+    report.write_records(out / "records.json", records)
+    controls = {}
+    if values.controls:
+        controls = run_controls(run_, benchmark)
+    report.write_json(
+        out / "results.json",
+        {
+            "results": [dataclasses.asdict(result) for result in results],
+            "controls": controls,
+        },
+    )
+    report.plot({run_.compression: records}, out / "needles.png")
+    print(report.table(results))
+    for name, control in controls.items():
+        print(f"{name}: {report.percent(control)} ({control['count']} questions)")
+    print(f"Written: {out}/results.json, records.json, needles.png")
+
+
+def run_controls(run_: run.Run, benchmark: NeedleBenchmark) -> dict[str, dict]:
+    """Choices among four at the shortest length, without the right thing to see."""
+    easy = dataclasses.replace(
+        benchmark, kinds=("mcq",), frames=(min(benchmark.frames),)
+    )
+    questions = easy.questions()
+    controls = {
+        "text_only": runner.zeroed(run_),
+        "vision_shuffled": runner.shuffled(run_, questions),
+    }
+    found = {}
+    for name, features in controls.items():
+        records = runner.run(run_, easy, features=features)
+        (result,) = report.summarise(records, run_.compression)
+        found[name] = dataclasses.asdict(result) | {"chance": 0.25}
+    return found
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The command line; the model's own settings come with its checkpoint."""
+    here = dict(flag_values=values)
+    text, integer = flags.DEFINE_string, flags.DEFINE_integer
+    text("workdir", None, "The run whose latest checkpoint is meant.", **here)
+    text("compilation_cache", "", "A folder to keep compiled programs in.", **here)
+    integer("seed", 0, "Decides what is drawn: questions, videos, tokens.", **here)
+    # Scores.
+    text("data", "data/needles", "The needle data.", **here)
+    text("split", "heldout", "Which of its splits.", **here)
+    flags.DEFINE_list("frames", [*map(str, FRAMES)], "Lengths of videos.", **here)
+    flags.DEFINE_list("kinds", [*KINDS], "Kinds of questions.", **here)
+    integer("max_questions", 0, "Of each length and kind; 0 for all.", **here)
+    flags.DEFINE_bool("controls", False, "Also ask without the right video.", **here)
+    text("out", "", "Where to write; WORKDIR/eval by default.", **here)
+    # Questions.
+    text("video", None, "A video, an image, or a folder of images.", **here)
+    flags.DEFINE_multi_string("ask", [], "A question about --video.", **here)
+    integer("max_frames", 10_240, "Of a longer video, so many evenly.", **here)
+    integer("max_tokens", 64, "An answer's most tokens.", **here)
+    text("answer_prefix", "", 'How answers begin ("Best Option: (").', **here)
+    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", **here)
+    integer("top_k", 0, "Draw among so many tokens; 0: all.", **here)
+    flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest this share.", **here)
+    flags.mark_flags_as_required(["workdir"], values)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1:]} are no flags; flags begin with --.")
+    values = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)
+    if bool(values.video) != bool(values.ask):
+        raise app.UsageError("Give --video and --ask together, or neither.")
+    if values.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", values.compilation_cache)
+    try:
+        ask(values) if values.video else score(values)
+    except (FileNotFoundError, ValueError, VideoError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    app.run(main)
