@@ -52,7 +52,7 @@ from timeviper_jax.training.optimizer import (
     make_schedule,
 )
 from timeviper_jax.training.parameters import merge
-from timeviper_jax.training.step import TrainState, make_train_step
+from timeviper_jax.training.step import create_state, make_train_step
 
 STOPPED = 75  # What sysexits.h calls a temporary failure: try again.
 
@@ -233,11 +233,7 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
         optimizer = make_optimizer(
             params, schedule, optimizer_config, stage.lr_multipliers
         )
-        shapes = jax.eval_shape(
-            functools.partial(TrainState.create, optimizer=optimizer), params
-        )
-        places = sharding.shard_like_params(shapes, params, mesh)
-        state = jax.device_put(TrainState.create(params, optimizer), places)
+        state, places = create_state(params, optimizer, mesh)
 
         # The batches; each stage has its own order.
         hosts = dict(
@@ -318,18 +314,23 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
 def define_flags(values: flags.FlagValues) -> None:
     """The command line; whatever decides results is in the config instead."""
     config_flags.DEFINE_config_file(
-        "config", None, "The experiment: FILE.py or FILE.py:ARG.", values
+        "config", None, "The experiment: FILE.py or FILE.py:ARG.", flag_values=values
     )
     flags.DEFINE_string(
-        "workdir", None, "Where the run is kept, and resumed from.", values
+        "workdir", None, "Where the run is kept, and resumed from.", flag_values=values
     )
     flags.DEFINE_integer(
-        "sweep_index", None, "Which of the config's sweep() to run.", values
+        "sweep_index", None, "Which of the config's sweep() to run.", flag_values=values
     )
     flags.DEFINE_string(
-        "compilation_cache", "", "A folder to keep compiled programs in.", values
+        "compilation_cache",
+        "",
+        "A folder to keep compiled programs in.",
+        flag_values=values,
     )
-    flags.DEFINE_bool("multihost", False, "Join the other hosts of a pod.", values)
+    flags.DEFINE_bool(
+        "multihost", False, "Join the other hosts of a pod.", flag_values=values
+    )
     flags.mark_flags_as_required(["config", "workdir"], values)
 
 

@@ -7,7 +7,7 @@ leading axis of layers whole, as every device runs every layer.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import jax
@@ -97,22 +97,22 @@ def spec_of(path: str) -> P:
     return found[0][1]
 
 
-def shard_params(params: Mapping[str, object], mesh: Mesh) -> dict[str, NamedSharding]:
+def shard_params(paths: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
     """The sharding of each parameter, by the path that names it."""
-    return {path: NamedSharding(mesh, spec_of(path)) for path in params}
+    return {path: NamedSharding(mesh, spec_of(path)) for path in paths}
 
 
-def shard_like_params(state: Tree, params: Mapping[str, object], mesh: Mesh) -> Tree:
+def shard_like_params(state: Tree, paths: Iterable[str], mesh: Mesh) -> Tree:
     """Shardings of an optimizer's state: its moments live where their parameters do.
 
     A moment is known by the dict of paths it is kept in; what has no path (a count of
     steps) is replicated.
     """
-    shardings, whole = shard_params(params, mesh), NamedSharding(mesh, P())
+    shardings, whole = shard_params(paths, mesh), NamedSharding(mesh, P())
 
     def one(keys, _):
-        paths = [getattr(key, "key", None) for key in keys]
-        return next((shardings[path] for path in paths if path in shardings), whole)
+        names = [getattr(key, "key", None) for key in keys]
+        return next((shardings[name] for name in names if name in shardings), whole)
 
     return jax.tree_util.tree_map_with_path(one, state)
 

@@ -4,11 +4,10 @@ Both come from records of consecutive frames of one file (`needle_builder`), whi
 decoded once; whole videos also straight from their files.
 """
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -20,8 +19,7 @@ from timeviper_jax.data.video import probe, read_frames
 Record = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FrameBatch:
+class FrameBatch(NamedTuple):
     """Single frames and what each shows."""
 
     frames: UInt8[np.ndarray, "B H W 3"]

@@ -126,7 +126,7 @@ class Checkpoints:
             input=grain.checkpoint.CheckpointRestore(batches),
         )
         restored = self._manager.restore(self._manager.latest_step(), args=args)
-        return dataclasses.replace(state, **restored.optimizer)
+        return state._replace(**restored.optimizer)
 
     def close(self) -> None:
         """Waits for what is still being written."""

@@ -5,7 +5,7 @@ Every field must be given and known; a name that is missing or misspelt is an er
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from timeviper_jax.llm.transv import Stage as TransVStage
 from timeviper_jax.presets import PRESETS
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
 from timeviper_jax.training import loss
-from timeviper_jax.training.parameters import Params, matching, merge, split
+from timeviper_jax.training.parameters import Params, Shapes, matching, merge, split
 from timeviper_jax.training.step import Objective
 
 
@@ -92,10 +92,11 @@ class StageConfig:
             raise ValueError(f"task.kind={kind!r} is not one of {sorted(TASKS)}.")
         return cls(task=TASKS[kind](**task), transv=transv, **values)
 
-    def moving(self, params: Params) -> set[str]:
+    def moving(self, paths: Iterable[str]) -> set[str]:
         """The paths that this stage trains: what it reads, less what is frozen."""
-        read = {path for path in params if re.search(self.task.reads, path)}
-        return read - matching(params, self.frozen)
+        paths = list(paths)
+        read = {path for path in paths if re.search(self.task.reads, path)}
+        return read - matching(paths, self.frozen)
 
 
 def _tuples(value: Any) -> Any:
@@ -129,7 +130,7 @@ def model_config(
     )
 
 
-def describe(cfg: TimeViperConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
+def describe(cfg: TimeViperConfig) -> tuple[nnx.GraphDef, Shapes]:
     """The model's structure, and its parameters' shapes by path; builds nothing."""
     model = nnx.eval_shape(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
@@ -172,7 +173,7 @@ def fill(cfg: TimeViperConfig, params: Params, seed: int, mesh: Mesh) -> Params:
     return {**known, **initial(known)}
 
 
-def _check_shapes(params: Params, shapes: Mapping[str, Any]) -> None:
+def _check_shapes(params: Params, shapes: Shapes) -> None:
     wrong = [
         f"{path} is {array.shape}, the model wants {shapes[path].shape}"
         for path, array in params.items()

@@ -19,10 +19,6 @@ from timeviper_jax.llm.stream import take, where_true
 from timeviper_jax.timeviper import TimeViper
 from timeviper_jax.training.metrics import Mean, Means
 
-jax.tree_util.register_dataclass(
-    FrameBatch, data_fields=["frames", "labels"], meta_fields=[]
-)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)

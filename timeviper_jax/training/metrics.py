@@ -1,10 +1,10 @@
 """Means that add up exactly, and the files they are written to."""
 
-import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,7 @@ import tensorboardX
 from jaxtyping import Array, Float, Shaped
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Mean:
+class Mean(NamedTuple):
     """A mean kept as sum and count, so that parts of a batch add up to all of it."""
 
     total: Float[Array, ""]

@@ -5,7 +5,7 @@ import re
 
 import optax
 
-from timeviper_jax.training.parameters import Params, matching
+from timeviper_jax.training.parameters import Params, Shapes, matching
 
 # Gains, biases and the state space's own numbers: pulling them to zero means nothing.
 NO_DECAY = r"(^|/)(scale|bias|a_log|d|dt_bias|alpha)$"
@@ -38,7 +38,7 @@ def make_schedule(lr: float, steps: int, cfg: OptimizerConfig) -> optax.Schedule
     return lambda step: schedule(step + 1)
 
 
-def decays(params: Params) -> dict[str, bool]:
+def decays(params: Shapes) -> dict[str, bool]:
     """Which parameters weight decay pulls towards zero: the matrices."""
     return {
         path: array.ndim > 1 and not re.search(NO_DECAY, path)
@@ -47,7 +47,7 @@ def decays(params: Params) -> dict[str, bool]:
 
 
 def make_optimizer(
-    params: Params,
+    params: Shapes,
     schedule: optax.Schedule,
     cfg: OptimizerConfig,
     lr_multipliers: tuple[tuple[str, float], ...] = (),

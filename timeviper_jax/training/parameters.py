@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 Params = dict[str, jax.Array]
+Shapes = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

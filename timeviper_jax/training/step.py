@@ -5,38 +5,50 @@ ones are an argument of their own, and what an objective does not read is not ev
 passed to the device program.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from timeviper_jax import sharding
 from timeviper_jax.training.metrics import Mean, Means
 from timeviper_jax.training.parameters import Params, merge
 
 Objective = Callable[[nnx.Module, Any], Means]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainState:
+class TrainState(NamedTuple):
     """What a step changes: the parameters that move, and AdamW's memory of them."""
 
     step: Int[Array, ""]  # Of the stage.
     params: Params
     opt_state: optax.OptState
 
-    @classmethod
-    def create(
-        cls, params: Params, optimizer: optax.GradientTransformation
-    ) -> "TrainState":
-        step = jnp.zeros((), jnp.int32)
-        return cls(step=step, params=params, opt_state=optimizer.init(params))
+
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """The state before the first step, and the sharding of every part of it."""
+    places = TrainState(
+        step=NamedSharding(mesh, P()),
+        params=sharding.shard_params(params, mesh),
+        opt_state=sharding.shard_like_params(
+            jax.eval_shape(optimizer.init, params), params, mesh
+        ),
+    )
+    state = TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), places.step),
+        params=params,
+        opt_state=jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
+    )
+    return state, places
 
 
 def make_train_step(
