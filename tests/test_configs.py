@@ -1,0 +1,116 @@
+"""Every config builds, its smoke mode trains, and its sweep names real fields."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+
+import train
+from configs.common import parse_arg
+from timeviper_jax import sharding
+from timeviper_jax.training.checkpoint import load_model
+from timeviper_jax.training.experiment import StageConfig, describe, model_config
+from timeviper_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+CONFIGS = sorted(
+    path.stem
+    for path in pathlib.Path("configs").glob("*.py")
+    if path.stem not in ("__init__", "common")
+)
+
+
+@pytest.fixture(params=CONFIGS)
+def name(request):
+    return request.param
+
+
+def get_config(name, arg=""):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def smoke(name, folder):
+    """A smoke config that keeps its data in a test's own folder."""
+    c = get_config(name, "smoke")
+    c.data.manifest = str(folder / "data" / "data.yaml")
+    c.data.features = str(folder / "features")
+    return c
+
+
+def test_a_config_says_how_to_run_it(name):
+    doc = importlib.import_module(f"configs.{name}").__doc__
+    assert f"python train.py --config configs/{name}.py --workdir" in doc
+    assert f"configs/{name}.py:smoke" in doc
+
+
+@pytest.mark.parametrize("arg", ["", "smoke"])
+def test_every_stage_fits_its_model(name, arg):
+    c = get_config(name, arg)
+    assert set(c.stage_order) <= set(c.stages)
+    for stage in map(StageConfig.from_dict, c.to_dict()["stages"].values()):
+        cfg = model_config(**c.model).with_transv(stage.transv)
+        _, shapes = describe(cfg)
+        moving = {path: shapes[path] for path in stage.moving(shapes)}
+        assert moving
+        make_optimizer(
+            moving, lambda _: 1.0, OptimizerConfig(**c.optimizer), stage.lr_multipliers
+        )
+
+
+def test_a_sweep_names_real_fields(name):
+    for overrides in importlib.import_module(f"configs.{name}").sweep():
+        c = get_config(name).lock()
+        c.update_from_flattened_dict(overrides)
+        for key, value in overrides.items():
+            *path, last = key.split(".")
+            place = c
+            for part in path:
+                place = place[part]
+            assert place[last] == value
+
+
+def test_smoke_trains_every_stage_it_names(name, tmp_path):
+    c = smoke(name, tmp_path)
+    train.run(c, str(tmp_path / "run"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    stages = [json.loads(line)["stage"] for line in lines]
+    assert stages == [stage for stage in c.stage_order for _ in range(4)]
+    model = load_model(tmp_path / "run", sharding.make_mesh(fsdp=-1))
+    assert model.cfg.vision == model_config(**c.model).vision
+
+
+def test_a_stage_does_not_move_what_it_does_not_read():
+    stages = get_config("needles").to_dict()["stages"]
+    _, shapes = describe(model_config(**get_config("needles").model))
+    parts = {
+        name: {path.split("/")[0] for path in StageConfig.from_dict(s).moving(shapes)}
+        for name, s in stages.items()
+    }
+    assert parts["warmup"] == {"vision", "projector", "classifier"}
+    assert parts["short"] == {"projector", "time", "llm"}
+
+
+def test_a_field_that_is_misspelt_or_missing_is_an_error():
+    stage = get_config("stage1_align").to_dict()["stages"]["align"]
+    with pytest.raises(TypeError, match="stepz"):
+        StageConfig.from_dict({**stage, "stepz": 4})
+    with pytest.raises(TypeError, match="lr_multipliers"):
+        StageConfig.from_dict({k: v for k, v in stage.items() if k != "lr_multipliers"})
+    with pytest.raises(ValueError, match="'pictures' is not one of"):
+        StageConfig.from_dict({**stage, "task": {"kind": "pictures"}})
+    with pytest.raises(ValueError, match=r"'\^visoin/' names no parameter"):
+        shapes = dict.fromkeys(["vision/a", "llm/b"])
+        StageConfig.from_dict({**stage, "frozen": ("^visoin/",)}).moving(shapes)
+
+
+def test_arguments_take_the_type_of_their_default():
+    values = parse_arg("frames=512,smoke,lr=1e-3", frames=256, smoke=False, lr=0.1)
+    assert (values.frames, values.smoke, values.lr) == (512, True, 1e-3)
+    assert parse_arg("smoke=false", smoke=True).smoke is False
+
+
+def test_a_misspelt_argument_is_an_error():
+    with pytest.raises(ValueError, match="'frame' is not one of"):
+        get_config("stage2_video", "frame=512")
+    with pytest.raises(ValueError, match="smoke='yes' is neither true nor false"):
+        get_config("stage2_video", "smoke=yes")
