@@ -5,12 +5,17 @@ from typing import Literal, get_args
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention import xla
+from pallas_kernels.attention import blockwise, xla
 from pallas_kernels.platform import target_platform
 
-Implementation = Literal["xla"]
+Implementation = Literal["xla", "blockwise"]
 
 _PREFERRED: dict[str, Implementation] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+_PREFERRED_FOR_CACHE: dict[str, Implementation] = {
+    "cpu": "blockwise",
+    "gpu": "blockwise",
+    "tpu": "blockwise",
+}
 
 
 def attention(
@@ -44,12 +49,17 @@ def attention(
       q_offset: The position of the first query among the keys.
       kv_length: How many keys exist; the rest of a cache is ignored.
       scale: Multiplies the logits; H ** -0.5 by default.
-      implementation: Which one to run. By default the fastest on this platform; a
-        named one is run or raises, never replaced.
+      implementation: Which one to run; a named one is run or raises, never replaced.
+        By default the fastest on this platform, which with `kv_length` is one for
+        inference: name "xla" to differentiate through a cache.
     """
     _check(q, k, v, q_segment_ids, kv_segment_ids)
-    name = implementation or _PREFERRED[target_platform()]
-    run: dict[Implementation, Callable] = {"xla": xla.attention}
+    preferred = _PREFERRED if kv_length is None else _PREFERRED_FOR_CACHE
+    name = implementation or preferred[target_platform()]
+    run: dict[Implementation, Callable] = {
+        "xla": xla.attention,
+        "blockwise": blockwise.attention,
+    }
     if name not in run:
         raise ValueError(f"{implementation=} is not one of {get_args(Implementation)}.")
     return run[name](

@@ -32,10 +32,16 @@ def attention(
         kv_length=kv_length,
     )
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    q = einops.rearrange(q, "B T (K r) H -> B T K r H", K=k.shape[2])
-    logits = jnp.einsum("BTKrH,BSKH->BKrTS", q, k, preferred_element_type=dtype)
-    # Finite, so that a query that sees nothing has a softmax, and a gradient, to mask.
-    logits = jnp.where(mask, scale * logits, jnp.finfo(dtype).min)
-    weights = jnp.where(mask, jax.nn.softmax(logits), 0).astype(v.dtype)
-    out = jnp.einsum("BKrTS,BSKH->BTKrH", weights, v, preferred_element_type=dtype)
-    return einops.rearrange(out, "B T K r H -> B T (K r) H").astype(q.dtype)
+    q = einops.rearrange(q, "B T (K r) H -> B K r T H", K=k.shape[2])
+    logits = jnp.einsum("BKrTH,BSKH->BKrTS", q, k, preferred_element_type=dtype)
+    logits = jnp.where(mask, logits * scale, -jnp.inf)
+    # Finite where nothing is seen, so that exp(-inf - peak) is 0 and not NaN.
+    peak = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(dtype).min)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(peak))
+    # A sum as a matmul: XLA on CPU runs it faster than its own.
+    total = jnp.einsum("BKrTS,S->BKrT", weights, jnp.ones(k.shape[1], dtype))[..., None]
+    out = jnp.einsum(
+        "BKrTS,BSKH->BKrTH", weights.astype(v.dtype), v, preferred_element_type=dtype
+    )
+    out = out / jnp.where(total == 0, 1, total)
+    return einops.rearrange(out, "B K r T H -> B T (K r) H").astype(q.dtype)
