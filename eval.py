@@ -74,8 +74,6 @@ def ask(values: flags.FlagValues) -> None:
         ViewerConfig(
             chunk=256,
             text_room=longest + 64 + values.max_tokens,
-            smallest_cache=512,
-            cache_growth=4,
         ),
     )
     memory = viewer.watch(

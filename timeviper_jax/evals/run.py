@@ -118,7 +118,11 @@ def encode_file(
     size, batch = run.model.cfg.vision.image_size, run.config["data"]["encode_batch"]
     encode = run.encoder()
     pixels = tqdm(
-        iter_frames(path, times, size), total=len(times), desc="encode", unit="frame"
+        iter_frames(path, times, size),
+        total=len(times),
+        desc="encode",
+        unit="frame",
+        disable=None,
     )
     features = np.concatenate([encode(some) for some in _batched(pixels, batch)])
     if np.array_equal(times, second_times(probe(path).duration)):

@@ -24,8 +24,6 @@ SIZES = ViewerConfig(
     chunk=256,
     text_chunk=64,
     text_room=128,
-    smallest_cache=512,
-    cache_growth=4,
 )
 
 

@@ -17,14 +17,14 @@ from timeviper_jax.layers.cache import Cache, Slots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """The cache of a stretch of layers, and how many of its slots are used.
+    """The caches of a stretch of layers, and how many of their slots are used.
 
-    `capacity` is None where no layer attends: a state of fixed size holds any number
-    of tokens.
+    There is one for each piece of the stretch (see `programs.pieces`). `capacity` is
+    None where no layer attends: a state of fixed size holds any number of tokens.
     """
 
     layers: tuple[int, int]
-    cache: Cache
+    caches: tuple[Cache, ...]
     used: int
     capacity: int | None
 
@@ -70,14 +70,18 @@ class Memory:
     @property
     def num_bytes(self) -> int:
         """What the videos cost to keep."""
-        arrays = jax.tree.leaves([[s.cache for s in self.stretches], self.dropped])
+        arrays = jax.tree.leaves([[s.caches for s in self.stretches], self.dropped])
         held = self.held.x.nbytes if self.held else 0
         return sum(array.nbytes for array in arrays) + held
 
 
 @jax.jit
-def take_cache(cache: Cache, rows: Int[Array, "R"]) -> Cache:
-    """The rows of a cache, each as often as it is named."""
+def take_caches(caches: tuple[Cache, ...], rows: Int[Array, "R"]) -> tuple[Cache, ...]:
+    """The rows of caches, each as often as it is named."""
+    return tuple(_take_cache(cache, rows) for cache in caches)
+
+
+def _take_cache(cache: Cache, rows: Int[Array, "R"]) -> Cache:
     stacked = lambda tree: jax.tree.map(lambda z: z[:, rows], tree)
     # A copy of `used` too: what is taken is given away to be written over.
     slots = Slots(valid=cache.slots.valid[rows], used=jnp.copy(cache.slots.used))
@@ -99,7 +103,7 @@ def take(memory: Memory, rows: Sequence[int]) -> Memory:
     index = np.asarray(rows, np.int32)
     return Memory(
         stretches=tuple(
-            dataclasses.replace(s, cache=take_cache(s.cache, index))
+            dataclasses.replace(s, caches=take_caches(s.caches, index))
             for s in memory.stretches
         ),
         dropped=tuple(d and take_dropped(d, index) for d in memory.dropped),

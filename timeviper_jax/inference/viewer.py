@@ -48,7 +48,7 @@ class ViewerConfig:
     text_chunk: int = 64  # Tokens of a call while reading a question.
     text_room: int = 256  # Slots kept free for a question and its answer.
     smallest_cache: int = 1024
-    cache_growth: int = 8
+    cache_growth: int = 4
 
     def capacity(self, tokens: int) -> int:
         """The cache that holds so many tokens and a question."""
@@ -170,7 +170,7 @@ class Viewer:
         slots = capacity or max(self.cfg.chunk, self.cfg.text_chunk)
         stretch = Stretch(
             layers=layers,
-            cache=self._run_on.init(self._params, layers, rows, slots),
+            caches=self._run_on.init(self._params, layers, rows, slots),
             used=0,
             capacity=capacity,
         )
@@ -194,11 +194,11 @@ class Viewer:
         """One chunk through a stretch."""
         stretch.check_room(roles.shape[1])
         segment_ids = (roles != Role.PAD).astype(np.int32)
-        x, cache = self._run_on.run(
-            self._params, x, segment_ids, stretch.cache, stretch.layers
+        x, caches = self._run_on.run(
+            self._params, x, segment_ids, stretch.caches, stretch.layers
         )
         used = stretch.used + roles.shape[1]
-        return x, dataclasses.replace(stretch, cache=cache, used=used)
+        return x, dataclasses.replace(stretch, caches=caches, used=used)
 
     # Stages of TransV.
 
@@ -349,7 +349,7 @@ class Viewer:
         for stretch in state.stretches:
             stretch.check_room(decoding.max_tokens)
         answers = Answers(
-            caches=tuple(stretch.cache for stretch in state.stretches),
+            caches=tuple(stretch.caches for stretch in state.stretches),
             hidden=jnp.asarray(hidden),
             tokens=jnp.full((len(hidden), decoding.max_tokens), -1, jnp.int32),
             done=jnp.arange(len(hidden)) >= len(questions),
