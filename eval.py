@@ -42,8 +42,9 @@ class Answer:
         # Bytes that are not a character yet may become one.
         self._print(text.rstrip("\N{REPLACEMENT CHARACTER}"))
 
-    def end(self) -> None:
-        self._print(self._tokenizer.decode(self._ids) + "\n")
+    def end(self, truth: str | None) -> None:
+        text = self._tokenizer.decode(self._ids)
+        self._print(text + (f"    (true: {truth})\n" if truth else "\n"))
 
     def _print(self, text: str) -> None:
         print(text[self._shown :], end="", flush=True)
@@ -52,6 +53,10 @@ class Answer:
 
 def ask(values: flags.FlagValues) -> None:
     """Answers the questions about one video, word by word."""
+    if values.truth and len(values.truth) != len(values.ask):
+        raise ValueError(
+            f"{len(values.truth)} --truth for {len(values.ask)} --ask; give each one."
+        )
     if empty := [question for question in values.ask if not question.strip()]:
         raise ValueError(f"The question {empty[0]!r} is empty; ask something.")
     times = run.watch_times(values.video, values.max_frames)
@@ -94,7 +99,8 @@ def ask(values: flags.FlagValues) -> None:
         top_k=values.top_k,
         top_p=values.top_p,
     )
-    for question, prompt in zip(values.ask, prompts, strict=True):
+    truths = values.truth or [None] * len(prompts)
+    for question, prompt, truth in zip(values.ask, prompts, truths, strict=True):
         print(f"{question}\n  {values.answer_prefix}", end="", flush=True)
         answer = Answer(run_)
         viewer.ask(
@@ -104,7 +110,7 @@ def ask(values: flags.FlagValues) -> None:
             seed=values.seed,
             on_tokens=answer,
         )
-        answer.end()
+        answer.end(truth)
 
 
 def score(values: flags.FlagValues) -> None:
@@ -178,6 +184,7 @@ def define_flags(values: flags.FlagValues) -> None:
     # Questions.
     text("video", None, "A video, an image, or a folder of images.", **here)
     flags.DEFINE_multi_string("ask", [], "A question about --video.", **here)
+    flags.DEFINE_multi_string("truth", [], "Shown beside the answer.", **here)
     integer("max_frames", 10_240, "Of a longer video, so many evenly.", **here)
     integer("max_tokens", 64, "An answer's most tokens.", **here)
     text("answer_prefix", "", 'How answers begin ("Best Option: (").', **here)

@@ -69,15 +69,19 @@ def interval(scores: Sequence[tuple[str, float]], *, seed: int = 0) -> dict[str,
 
 
 def paired(
-    ours: Sequence[Record], theirs: Sequence[Record], *, kind: str, seed: int = 0
+    pairs: Sequence[tuple[Sequence[Record], Sequence[Record]]],
+    *,
+    kind: str,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Ours less theirs on the same questions, by length."""
+    """Ours less theirs on the same questions, by length, over all (ours, theirs)."""
     metric = _MAIN.get(kind, "accuracy")
-    other = {r.id: r.scores[metric] for r in theirs if r.kind == kind}
     cells = defaultdict(list)
-    for r in ours:
-        if r.kind == kind and r.id in other:
-            cells[r.frames].append((r.video, r.scores[metric] - other[r.id]))
+    for ours, theirs in pairs:
+        other = {r.id: r.scores[metric] for r in theirs if r.kind == kind}
+        for r in ours:
+            if r.id in other:
+                cells[r.frames].append((r.video, r.scores[metric] - other[r.id]))
     return [
         {
             "frames": frames,
