@@ -6,6 +6,7 @@ and take its place in a batch.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num, UInt8
 
 from timeviper_jax.data.examples import Batch, Role
+from timeviper_jax.layers.norm import rms_normalise
 from timeviper_jax.llm.hybrid import HybridConfig, HybridLM, Output
 from timeviper_jax.llm.stream import Stream, make_stream, take
 from timeviper_jax.llm.transv import Stage
@@ -34,8 +36,9 @@ class TimeViperConfig:
 
     `time_digits` > 0 tells the language model when each frame is shown: that many
     decimal digits of its whole seconds, embedded and added to the frame's tokens
-    (beyond the paper). `num_labels` > 0 adds a head that classifies frames, with
-    which an encoder without pretraining is warmed up.
+    (beyond the paper). `normalise_vision` gives vision tokens the size of text
+    embeddings, which an encoder without pretraining needs. `num_labels` > 0 adds a
+    head that classifies frames, with which such an encoder is warmed up.
     """
 
     vision: VitConfig
@@ -43,6 +46,7 @@ class TimeViperConfig:
     llm: HybridConfig
     tokens_per_frame: int = 16
     time_digits: int = 0
+    normalise_vision: bool = False
     num_labels: int = 0
 
     def with_transv(self, stages: tuple[Stage, ...]) -> "TimeViperConfig":
@@ -59,7 +63,8 @@ class TimeDigits(nnx.Module):
 
     def __init__(self, num_digits: int, dim: int, cfg: HybridConfig, *, rngs: nnx.Rngs):
         self.dtype = cfg.dtype
-        init = nnx.initializers.normal(cfg.embed_std)
+        # Their sum is as large as a text embedding.
+        init = nnx.initializers.normal(cfg.embed_std / math.sqrt(num_digits))
         self.embedding = nnx.Param(
             init(rngs.params(), (num_digits, 10, dim), cfg.param_dtype)
         )
@@ -113,6 +118,9 @@ class TimeViper(nnx.Module):
     ) -> Float[Array, "B F V D"]:
         """Vision tokens as the language model reads them."""
         tokens = self.projector(features.astype(self.cfg.llm.dtype))
+        if self.cfg.normalise_vision:
+            tokens = rms_normalise(tokens, self.cfg.llm.norm_eps).astype(tokens.dtype)
+            tokens = tokens * self.cfg.llm.embed_std
         if not self.cfg.time_digits:
             return tokens
         return tokens + self.time(times)[:, :, None]

@@ -32,6 +32,7 @@ class AttentionConfig:
     head_dim: int
     log_base: float = 0.0
     init_std: float = 0.02
+    out_std: float = 0.02
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -47,16 +48,21 @@ def projections(cfg: AttentionConfig, rngs: nnx.Rngs) -> dict[str, nnx.Einsum]:
     """The four bias-free matrices of grouped-query attention, by name."""
     D, N, K, H = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     options = dict(
-        kernel_init=nnx.initializers.normal(cfg.init_std),
         dtype=cfg.dtype,
         param_dtype=cfg.param_dtype,
         rngs=rngs,
     )
+    normal = nnx.initializers.normal(cfg.init_std)
     return {
-        "q": nnx.Einsum("BTD,DNH->BTNH", (D, N, H), **options),
-        "k": nnx.Einsum("BSD,DKH->BSKH", (D, K, H), **options),
-        "v": nnx.Einsum("BSD,DKH->BSKH", (D, K, H), **options),
-        "out": nnx.Einsum("BTNH,NHD->BTD", (N, H, D), **options),
+        "q": nnx.Einsum("BTD,DNH->BTNH", (D, N, H), kernel_init=normal, **options),
+        "k": nnx.Einsum("BSD,DKH->BSKH", (D, K, H), kernel_init=normal, **options),
+        "v": nnx.Einsum("BSD,DKH->BSKH", (D, K, H), kernel_init=normal, **options),
+        "out": nnx.Einsum(
+            "BTNH,NHD->BTD",
+            (N, H, D),
+            kernel_init=nnx.initializers.normal(cfg.out_std),
+            **options,
+        ),
     }
 
 

@@ -41,6 +41,7 @@ class Mamba2Config:
     dt_floor: float = 1e-4
     implementation: str = "auto"
     init_std: float = 0.02
+    out_std: float = 0.02
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -122,6 +123,7 @@ class Mamba2(nnx.Module):
             param_dtype=cfg.param_dtype,
             rngs=rngs,
         )
+        options |= dict(kernel_init=nnx.initializers.normal(cfg.out_std))
         self.out = nnx.Linear(inner, D, **options)
 
     def __call__(

@@ -9,11 +9,12 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """Sizes of one MLP; `init_std` is that of every matrix."""
+    """Sizes of one MLP; `out_std` starts the matrix that writes to the residual."""
 
     embed_dim: int
     mlp_dim: int
     init_std: float = 0.02
+    out_std: float = 0.02
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -24,13 +25,17 @@ class MLP(nnx.Module):
     def __init__(self, cfg: MLPConfig, *, rngs: nnx.Rngs):
         options = dict(
             use_bias=False,
-            kernel_init=nnx.initializers.normal(cfg.init_std),
             dtype=cfg.dtype,
             param_dtype=cfg.param_dtype,
             rngs=rngs,
         )
-        self.up = nnx.Linear(cfg.embed_dim, cfg.mlp_dim, **options)
-        self.down = nnx.Linear(cfg.mlp_dim, cfg.embed_dim, **options)
+        normal = nnx.initializers.normal
+        self.up = nnx.Linear(
+            cfg.embed_dim, cfg.mlp_dim, kernel_init=normal(cfg.init_std), **options
+        )
+        self.down = nnx.Linear(
+            cfg.mlp_dim, cfg.embed_dim, kernel_init=normal(cfg.out_std), **options
+        )
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(jax.nn.relu(self.up(x)) ** 2)

@@ -8,6 +8,7 @@ a forward pass is: segment, thin, segment, thin, …, norm, head.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -120,7 +121,11 @@ class HybridConfig:
     @property
     def _common(self) -> dict[str, str | float]:
         return dict(
-            init_std=self.init_std, dtype=self.dtype, param_dtype=self.param_dtype
+            init_std=self.init_std,
+            # The deeper the stack, the less each block adds at first.
+            out_std=self.init_std / math.sqrt(len(self.pattern)),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
         )
 
 
