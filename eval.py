@@ -194,19 +194,24 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.mark_flags_as_required(["workdir"], values)
 
 
+def execute(values: flags.FlagValues) -> None:
+    """Does what the flags say; what it cannot do it says in one line."""
+    try:
+        if bool(values.video) != bool(values.ask):
+            raise ValueError("Give --video and --ask together, or neither.")
+        ask(values) if values.video else score(values)
+    except (FileNotFoundError, ValueError, VideoError) as error:
+        sys.exit(f"error: {error}")
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1:]} are no flags; flags begin with --.")
     values = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
-    if bool(values.video) != bool(values.ask):
-        raise app.UsageError("Give --video and --ask together, or neither.")
     if values.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", values.compilation_cache)
-    try:
-        ask(values) if values.video else score(values)
-    except (FileNotFoundError, ValueError, VideoError) as error:
-        sys.exit(f"error: {error}")
+    execute(values)
 
 
 if __name__ == "__main__":

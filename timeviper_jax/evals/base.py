@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
@@ -45,6 +45,7 @@ class Record:
     scores: dict[str, float]
 
 
+@runtime_checkable
 class Benchmark(Protocol):
     """A family of questions; `runner.run` asks them."""
 

@@ -1,9 +1,10 @@
 """A trained model and all that belongs to it, from the directory of its run."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -116,26 +117,12 @@ def encode_file(
     if path in run.features:
         return run.features.at(path, times)
     size, batch = run.model.cfg.vision.image_size, run.config["data"]["encode_batch"]
-    encode = run.encoder()
-    pixels = tqdm(
-        iter_frames(path, times, size),
-        total=len(times),
-        desc="encode",
-        unit="frame",
-        disable=None,
-    )
-    features = np.concatenate([encode(some) for some in _batched(pixels, batch)])
+    encode, pixels, features = run.encoder(), iter_frames(path, times, size), []
+    with tqdm(total=len(times), desc="encode", unit="frame", disable=None) as bar:
+        while some := list(itertools.islice(pixels, batch)):
+            features.append(encode(np.stack(some)))
+            bar.update(len(some))
+    features = np.concatenate(features)
     if np.array_equal(times, second_times(probe(path).duration)):
         run.features.put(path, features)
     return features
-
-
-def _batched(items: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    batch: list[np.ndarray] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield np.stack(batch)
-            batch = []
-    if batch:
-        yield np.stack(batch)
