@@ -53,7 +53,7 @@ def attention(
         By default the fastest on this platform, which with `kv_length` is one for
         inference: name "xla" to differentiate through a cache.
     """
-    _check(q, k, v, q_segment_ids, kv_segment_ids)
+    _check(q, k, v, q_segment_ids, kv_segment_ids, kv_mask)
     preferred = _PREFERRED if kv_length is None else _PREFERRED_FOR_CACHE
     name = implementation or preferred[target_platform()]
     run: dict[Implementation, Callable] = {
@@ -76,17 +76,25 @@ def attention(
     )
 
 
-def _check(q, k, v, q_segment_ids, kv_segment_ids) -> None:
-    N, K = q.shape[2], k.shape[2]
+def _check(q, k, v, q_segment_ids, kv_segment_ids, kv_mask) -> None:
+    """Names the argument whose shape does not fit q and the keys' B S K."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
     if N % K:
         raise ValueError(
             f"{N} query heads do not divide among {K} key heads: q {q.shape},"
             f" k {k.shape}."
         )
-    if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
-        raise ValueError(
-            f"k {k.shape} and v {v.shape} must be alike and share batch and head width"
-            f" with q {q.shape}."
-        )
+    for name, array, shape in (
+        ("k", k, (B, S, K, H)),
+        ("v", v, (B, S, K, H)),
+        ("q_segment_ids", q_segment_ids, (B, T)),
+        ("kv_segment_ids", kv_segment_ids, (B, S)),
+        ("kv_mask", kv_mask, (B, S)),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"{name} {array.shape} must be {shape} for q {q.shape}, k {k.shape}."
+            )
     if (q_segment_ids is None) != (kv_segment_ids is None):
         raise ValueError("Give q_segment_ids and kv_segment_ids together, or neither.")

@@ -1,7 +1,8 @@
-"""Attention over blocks of keys with a running softmax: for long caches.
+"""Attention over a cache: an online softmax, one block of keys at a time.
 
-The number of blocks follows `kv_length`, so that the cost follows what a cache holds
-and not its capacity; memory is one block's logits. Not differentiable in reverse.
+The loop ends behind the last key that exists, so the cost follows what is in the cache
+and not its capacity, with one compiled program for every length. For inference: a loop
+whose length is not known has no reverse-mode derivative.
 """
 
 import einops
@@ -10,8 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.mask import visible
-
-_BLOCK = 512  # Keys at a time.
 
 
 def attention(
@@ -26,56 +25,58 @@ def attention(
     q_offset: Int[Array, ""] | int,
     kv_length: Int[Array, ""] | int,
     scale: float,
+    block_size: int = 512,
 ) -> Float[Array, "B T N H"]:
     """See `api.attention`; `r` counts the query heads that share a key head."""
-    B, T, _, H = q.shape
-    S, K = k.shape[1:3]
+    T, (S, K) = q.shape[1], k.shape[1:3]
+    block_size = min(block_size, S)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    q = einops.rearrange(q, "B T (K r) H -> B K r T H", K=K)
-    size = min(_BLOCK, S)
-    lowest = jnp.finfo(dtype).min
+    q_rows = einops.rearrange(q, "B T (K r) H -> B K r T H", K=K)
 
     def one_block(i, carry):
-        largest, total, sums = carry
-        # The last block of a ragged S begins early; its first keys were seen.
-        start = jnp.minimum(i * size, S - size)
-        cut = lambda z: (
-            z if z is None else jax.lax.dynamic_slice_in_dim(z, start, size, 1)
-        )
-        positions = start + jnp.arange(size)
-        mask = visible(
+        out, peak, total = carry
+        # The last block ends with the cache. What it shares with the one before was
+        # read then, and is masked now.
+        start = jnp.minimum(i * block_size, S - block_size)
+
+        def block(z):
+            return jax.lax.dynamic_slice_in_dim(z, start, block_size, axis=1)
+
+        positions = start + jnp.arange(block_size)
+        mask = (positions >= i * block_size) & visible(
             q_offset + jnp.arange(T),
             positions,
             causal=causal,
             q_segment_ids=q_segment_ids,
-            kv_segment_ids=cut(kv_segment_ids),
-            kv_mask=cut(kv_mask),
+            kv_segment_ids=None if kv_segment_ids is None else block(kv_segment_ids),
+            kv_mask=None if kv_mask is None else block(kv_mask),
             kv_length=kv_length,
         )
-        mask &= positions >= i * size
-        logits = scale * jnp.einsum(
-            "BKrTH,BSKH->BKrTS", q, cut(k), preferred_element_type=dtype
+        logits = jnp.einsum(
+            "BKrTH,BSKH->BKrTS", q_rows, block(k), preferred_element_type=dtype
         )
-        logits = jnp.where(mask, logits, lowest)
-        new = jnp.maximum(largest, jnp.max(logits, axis=-1))
-        weights = jnp.where(mask, jnp.exp(logits - new[..., None]), 0)
-        decay = jnp.exp(largest - new)
-        total = decay * total + jnp.sum(weights, axis=-1)
+        logits = jnp.where(mask, logits * scale, -jnp.inf)
+        new_peak = jnp.maximum(peak, logits.max(-1, keepdims=True))
+        weights = jnp.exp(logits - new_peak)
         read = jnp.einsum(
             "BKrTS,BSKH->BKrTH",
             weights.astype(v.dtype),
-            cut(v),
+            block(v),
             preferred_element_type=dtype,
         )
-        return new, total, decay[..., None] * sums + read
+        keep = jnp.exp(peak - new_peak)
+        total = keep * total + weights.sum(-1, keepdims=True)
+        return keep * out + read, new_peak, total
 
-    shape = q.shape[:-1]
-    start = (
-        jnp.full(shape, lowest, dtype),
-        jnp.zeros(shape, dtype),
-        jnp.zeros(q.shape, dtype),
+    end = jnp.minimum(kv_length, S)
+    if causal:
+        end = jnp.minimum(end, q_offset + T)
+    out = jnp.zeros(q_rows.shape, dtype)
+    total = jnp.zeros_like(out[..., :1])
+    # Finite where nothing is seen, so that exp(-inf - peak) is 0 and not NaN.
+    peak = jnp.full_like(total, jnp.finfo(dtype).min)
+    out, _, total = jax.lax.fori_loop(
+        0, -(-end // block_size), one_block, (out, peak, total)
     )
-    blocks = (jnp.minimum(kv_length, S) + size - 1) // size
-    _, total, sums = jax.lax.fori_loop(0, blocks, one_block, start)
-    out = sums / jnp.where(total > 0, total, 1)[..., None]
-    return einops.rearrange(out, "B K r T H -> B T (K r) H").astype(v.dtype)
+    out = out / jnp.where(total == 0, 1, total)
+    return einops.rearrange(out, "B K r T H -> B T (K r) H").astype(q.dtype)

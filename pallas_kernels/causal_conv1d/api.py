@@ -51,15 +51,17 @@ def causal_conv1d(
       `initial_state` of a call that carries on. Both in x's dtype.
     """
     (B, T, C), K = x.shape, weight.shape[0]
-    if weight.shape != (K, C):
-        raise ValueError(f"weight {weight.shape} must be (K, {C}) for x {x.shape}.")
-    if initial_state is None:
-        initial_state = jnp.zeros((B, K - 1, C), x.dtype)
-    if initial_state.shape != (B, K - 1, C):
-        raise ValueError(
-            f"initial_state {initial_state.shape} must be {(B, K - 1, C)} for"
-            f" x {x.shape} and weight {weight.shape}."
-        )
+    for what, array, shape in (
+        ("weight", weight, (K, C)),
+        ("bias", bias, (C,)),
+        ("initial_state", initial_state, (B, K - 1, C)),
+        ("lengths", lengths, (B,)),
+        ("segment_ids", segment_ids, (B, T)),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"{what} {array.shape} must be {shape} for x {x.shape} and {K} taps."
+            )
     if activation not in (None, "silu"):
         raise ValueError(f'{activation=} must be "silu" or None.')
     name = implementation or _PREFERRED[target_platform()]
@@ -67,6 +69,8 @@ def causal_conv1d(
     if name not in run:
         raise ValueError(f"{implementation=} is not one of {get_args(Implementation)}.")
 
+    if initial_state is None:
+        initial_state = jnp.zeros((B, K - 1, C))
     padded = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
     starts = None
     if segment_ids is not None:

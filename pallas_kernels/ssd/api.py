@@ -55,7 +55,7 @@ def ssd(
     Returns:
       The outputs in x's dtype, and the state after the last token in float32.
     """
-    _check(x, dt, a, b, c)
+    _check(x, dt, a, b, c, d, initial_state, segment_ids)
     if chunk_size < 1:
         raise ValueError(f"{chunk_size=} must be at least 1.")
     name = implementation or _PREFERRED[target_platform()]
@@ -89,28 +89,32 @@ def ssd_step(
     d: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, "B N P"], Float[Array, "B N P S"]]:
     """One token of `ssd`: its output, and the state after it in float32."""
-    _check(x, dt, a, b, c)
+    _check(x, dt, a, b, c, d, state)
     y, state = reference.step(*_accumulator(x, dt, a, b, c, state))
     return _add_skip(y, x, d).astype(x.dtype), state
 
 
-def _check(x, dt, a, b, c) -> None:
-    """The rules jaxtyping cannot state, and the shapes when it is not switched on."""
-    N, G = x.shape[-2], b.shape[-2]
+def _check(x, dt, a, b, c, d, state, segment_ids=None) -> None:
+    """Names the argument whose shape does not fit x and b."""
+    *BT, N, P = x.shape
+    *_, G, S = b.shape
     if N % G:
         raise ValueError(
             f"{N} heads do not divide into {G} groups: x {x.shape}, b {b.shape}."
         )
-    if b.shape != c.shape or b.shape[:-2] != x.shape[:-2]:
-        raise ValueError(
-            f"b {b.shape} and c {c.shape} must be alike and lead with x's"
-            f" {x.shape[:-2]}."
-        )
-    if dt.shape != x.shape[:-1] or a.shape != (N,):
-        raise ValueError(
-            f"dt {dt.shape} and a {a.shape} must be {x.shape[:-1]} and {(N,)} for"
-            f" x {x.shape}."
-        )
+    for name, array, shape in (
+        ("dt", dt, (*BT, N)),
+        ("a", a, (N,)),
+        ("b", b, (*BT, G, S)),
+        ("c", c, (*BT, G, S)),
+        ("d", d, (N,)),
+        ("state", state, (x.shape[0], N, P, S)),
+        ("segment_ids", segment_ids, (*BT,)),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"{name} {array.shape} must be {shape} for x {x.shape}, b {b.shape}."
+            )
 
 
 def _accumulator(*arrays: Float[Array, "..."]) -> list[Float[Array, "..."]]:

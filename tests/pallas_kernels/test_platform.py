@@ -1,0 +1,18 @@
+"""The choice of kernel follows the machine that is compiled for."""
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels.platform import target_platform
+
+
+def test_without_a_mesh_it_is_this_process():
+    assert target_platform() == jax.default_backend()
+
+
+def test_a_mesh_of_another_machine_decides():
+    chip = AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((4,), ("data",), abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert target_platform() == "tpu"
+    assert target_platform() == jax.default_backend()
