@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import recorded
 import tiny
 from flax import nnx
 from golden_cases import GOLDEN, load, under
 
-from timeviper_jax.conversion.load import load_params
-from timeviper_jax.conversion.nano import config_from_json, nano_rules
+from timeviper_jax.conversion.nano import config_from_json
 from timeviper_jax.data.examples import Role
 from timeviper_jax.llm import transv
 from timeviper_jax.llm.hybrid import HybridLM, Output
@@ -214,16 +214,13 @@ def _recorded(case):
     return cfg, arrays, x, roles, count
 
 
-def _recorded_lm(cfg, tensors):
-    lm = nnx.eval_shape(lambda: HybridLM(cfg, rngs=nnx.Rngs(0)))
-    load_params(lm, tensors, nano_rules(cfg), ignore=(r"in\..*",))
-    return lm
-
-
 def _single(x, roles, count):
-    ids = jnp.ones(roles.shape, jnp.int32)
     return make_stream(
-        x, jnp.asarray(roles), ids, num_segments=1, vision_capacity=count
+        x,
+        roles,
+        (roles > 0).astype(jnp.int32),
+        num_segments=1,
+        vision_capacity=count,
     )
 
 
@@ -238,23 +235,50 @@ def _run_and_record(lm, stream):
 )
 def test_recorded_inference(case):
     cfg, arrays, x, roles, count = _recorded(case)
-    lm = _recorded_lm(cfg, under("param.", arrays))
-    logits, output = tiny.quick_jit(_run_and_record)(lm, _single(x, roles, count))
-    np.testing.assert_allclose(logits, arrays["out.eval.logits"], **RECORDED)
+    lm = recorded.language_model(cfg, under("param.", arrays))
+
+    @tiny.quick_jit
+    def run(lm, answer):
+        known = jnp.where(answer >= 0, int(Role.ANSWER), int(Role.PAD))[None]
+        tokens = lm.embed(jnp.maximum(answer, 0))[None]
+        whole = jnp.concatenate([x, tokens], axis=1)
+        return _run_and_record(
+            lm, _single(whole, jnp.concatenate([roles, known], axis=1), count)
+        )
+
+    answer = np.full(16, -1, np.int32)
+    logits, output = run(lm, answer)
+    left = arrays["out.eval.logits"].shape[1]
+    np.testing.assert_allclose(logits[:, :left], arrays["out.eval.logits"], **RECORDED)
     hidden = [before for before, _ in output.layers] + [output.hidden]
     for i, got in enumerate(hidden):
-        np.testing.assert_allclose(got, arrays[f"out.eval.hidden.{i:02d}"], **RECORDED)
-    positions = np.arange(x.shape[1])
+        want = arrays[f"out.eval.hidden.{i:02d}"]
+        np.testing.assert_allclose(got[:, : want.shape[1]], want, **RECORDED)
+    _check_selections(output, arrays, roles)
+
+    # What a decoded token adds is as recorded with caches.
+    for step in range(16):
+        last = logits[0, left + step - 1]
+        want = arrays["out.decode.logits"][step]
+        np.testing.assert_allclose(last, want, **RECORDED)
+        answer[step] = jnp.argmax(last)
+        logits, _ = run(lm, answer)
+    np.testing.assert_array_equal(answer, arrays["out.decode.tokens"])
+
+
+def _check_selections(output, arrays, roles):
+    """Kept indices and scores; the recording counts in what a stage was given."""
+    given = np.arange(roles.shape[1])
     for i, (kept, scores) in enumerate(zip(output.kept, output.scores, strict=True)):
-        # The recording counts in what the stage was given.
-        is_vision = roles[0, positions] == Role.VISION
+        is_vision = roles[0, given] == Role.VISION
         if scores is not None:
             want = arrays[f"out.eval.trace.{i}.scores"]
-            np.testing.assert_allclose(scores[0, is_vision], want, atol=1e-6)
-        want = positions[arrays[f"out.eval.trace.{i}.kept"]]
-        positions = np.asarray(kept[0])
-        is_vision = roles[0, positions] == Role.VISION
-        np.testing.assert_array_equal(positions[is_vision], want)
+            got = scores[0, : len(given)][is_vision]
+            np.testing.assert_allclose(got, want, atol=1e-6)
+        want = given[arrays[f"out.eval.trace.{i}.kept"]]
+        given = np.asarray(kept[0])
+        given = given[given >= 0]
+        np.testing.assert_array_equal(given[roles[0, given] == Role.VISION], want)
 
 
 def test_recorded_gradients_through_a_transfer():
@@ -264,7 +288,7 @@ def test_recorded_gradients_through_a_transfer():
     labels = jnp.asarray(arrays["in.labels"], jnp.int32)
 
     def loss(lm, x):
-        logits, output = _run_and_record(lm, _single(x, roles, count))
+        logits, output = _run_and_record(lm, _single(x, jnp.asarray(roles), count))
         targets = labels[:, output.positions[0]][:, 1:]
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits[:, :-1], jnp.maximum(targets, 0)
@@ -272,17 +296,10 @@ def test_recorded_gradients_through_a_transfer():
         return jnp.mean(losses, where=targets >= 0), logits
 
     grads, logits = tiny.quick_jit(tiny.gradient(loss))(
-        _recorded_lm(cfg, under("param.", arrays)), x
+        recorded.language_model(cfg, under("param.", arrays)), x
     )
     np.testing.assert_allclose(logits, arrays["out.train.logits"], **RECORDED)
-    unread = {k: v * 0 for k, v in under("param.", arrays).items() if "embeddings" in k}
-    want = nnx.state(_recorded_lm(cfg, unread | under("grad.", arrays)))
-
-    def check(got, want):
-        scale = max(float(jnp.max(jnp.abs(want))), 1e-6)
-        np.testing.assert_allclose(got / scale, want / scale, **RECORDED)
-
-    jax.tree.map(check, grads, want)
+    recorded.assert_close_in_scale(grads, recorded.gradients(cfg, arrays))
 
 
 # A model with both kinds of stage.

@@ -1,0 +1,208 @@
+"""The whole model: as recorded from pixels on, and each part's own promise."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import recorded
+import tiny
+from flax import nnx
+from golden_cases import load
+
+from timeviper_jax.data.examples import Batch, Example, Role, RowSize, collate
+from timeviper_jax.presets import PRESETS
+from timeviper_jax.timeviper import TimeDigits, TimeViper
+
+RECORDED = dict(atol=2e-5, rtol=0)  # In float32 by other arithmetic.
+FLOAT32 = dict(atol=1e-5, rtol=1e-5)
+
+# The recorded cases: six frames of 58 pixels, a question, sixteen greedy tokens.
+
+
+@pytest.mark.parametrize("case", ["vlm_nano_generate_plain", "vlm_nano_generate_pdrop"])
+def test_recorded_generation_from_pixels(case):
+    description, arrays = load(case)
+    model = recorded.whole_model(description, arrays)
+    pixels = jnp.asarray(arrays["in.pixel_values"].transpose(0, 2, 3, 1))[None]
+    tokens, roles = recorded.prompt(description, arrays)
+    length = len(tokens)
+    tokens, roles = (np.pad(z, (0, 16))[None] for z in (tokens, roles))
+
+    @tiny.quick_jit
+    def run(model, tokens, roles):
+        features = model.encode(pixels)
+        batch = Batch(
+            tokens=tokens,
+            roles=roles,
+            segment_ids=(roles > 0).astype(jnp.int32),
+            loss_mask=roles == Role.ANSWER,
+            frame_times=jnp.zeros((1, 6)),
+            features=features,
+        )
+        stream, output = model.embed(batch), model.forward(batch)
+        visual = model.project(features, batch.frame_times)
+        return visual, stream.x, model.llm.logits(output.hidden), output
+
+    visual, fused, _, output = run(model, tokens, roles)
+    np.testing.assert_allclose(visual[0], arrays["out.visual_embeddings"], **RECORDED)
+    want = arrays["out.fused.inputs_embeds"]
+    np.testing.assert_allclose(fused[:, :length], want, **RECORDED)
+    given = np.arange(length)
+    for i, kept in enumerate(output.kept):
+        want = given[arrays[f"out.trace.{i}.kept"]]
+        given = np.asarray(kept[0])
+        given = given[given >= 0]
+        np.testing.assert_array_equal(given[roles[0, given] == Role.VISION], want)
+    for step, (token, want) in enumerate(
+        zip(arrays["out.tokens"], arrays["out.logits"], strict=True)
+    ):
+        _, _, logits, output = run(model, tokens, roles)
+        last = logits[0, np.sum(np.asarray(output.positions) >= 0) - 1]
+        np.testing.assert_allclose(last, want, **RECORDED)
+        assert jnp.argmax(last) == token
+        tokens[0, length + step], roles[0, length + step] = token, Role.ANSWER
+
+
+# A tiny model of its own.
+
+TINY = dataclasses.replace(PRESETS["tiny"], time_digits=3, num_labels=5)
+
+
+def example(frames: int, question: int, answer: int, seed: int = 0) -> Example:
+    """Two words, a video with pixels, a question and its answer."""
+    rng = np.random.default_rng([seed, frames, question])
+    roles = [Role.TEXT] * 2 + [Role.VISION] * (4 * frames)
+    roles += [Role.INSTRUCTION] * question + [Role.ANSWER] * answer
+    roles = np.array(roles, np.int32)
+    return Example(
+        tokens=rng.integers(1, 200, len(roles)).astype(np.int32),
+        roles=roles,
+        loss_mask=roles == Role.ANSWER,
+        frame_times=np.arange(frames).astype(np.float32) * 37 + 1,
+        frames=rng.integers(0, 256, (frames, 32, 32, 3)).astype(np.uint8),
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.build(lambda: TimeViper(TINY, rngs=nnx.Rngs(0)))
+
+
+EXAMPLES = [example(3, 5, 2), example(2, 4, 3), example(1, 3, 1)]
+SEPARATE = RowSize(num_frames=3, text_tokens=9, tokens_per_frame=4)
+
+
+@pytest.fixture(scope="module")
+def separate(model):
+    """Gradients of a training step on rows of one sample, and the forward's output."""
+    batch = collate([[e] for e in EXAMPLES], SEPARATE)
+    return tiny.quick_jit(tiny.gradient(_loss))(model, batch)
+
+
+def _loss(model: TimeViper, batch: Batch):
+    output = model.forward(batch)
+    positions = output.positions
+    b = jnp.arange(len(positions))[:, None]
+    targets = jnp.minimum(positions + 1, batch.tokens.shape[1] - 1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        model.llm.logits(output.hidden), batch.tokens[b, targets]
+    )
+    asked = (positions >= 0) & batch.loss_mask[b, targets]
+    text_loss = jnp.mean(losses, where=asked)
+    labels = model.classify(batch.frames[:, 0])
+    return text_loss + jnp.mean(labels**2), output
+
+
+def test_every_parameter_has_a_finite_gradient(separate):
+    grads, output = separate
+    assert jnp.all(jnp.isfinite(output.hidden))
+    for path, param in nnx.to_flat_state(grads):
+        gradient, name = np.asarray(param[...]), "/".join(map(str, path))
+        assert np.all(np.isfinite(gradient)), name
+        assert np.any(gradient), name
+
+
+def test_packed_samples_are_as_in_rows_of_their_own(model, separate):
+    size = RowSize(num_frames=6, text_tokens=24, tokens_per_frame=4, num_segments=3)
+    packed = tiny.quick_jit(lambda m, b: m.forward(b))(model, collate([EXAMPLES], size))
+    start = 0
+    for i, sample in enumerate(EXAMPLES):
+        stop = start + len(sample.tokens)
+        here = np.flatnonzero((packed.positions >= start) & (packed.positions < stop))
+        here = here[here < packed.positions.shape[1]]
+        alone = np.flatnonzero(separate[1].positions[i] >= 0)
+        np.testing.assert_array_equal(
+            packed.positions[0, here] - start, separate[1].positions[i, alone]
+        )
+        np.testing.assert_allclose(
+            packed.hidden[0, here], separate[1].hidden[i, alone], **FLOAT32
+        )
+        start = stop
+
+
+def test_stored_features_take_the_place_of_frames(model):
+    batch = collate([[e] for e in EXAMPLES], SEPARATE)
+
+    @tiny.quick_jit
+    def run(model, batch):
+        stored = dataclasses.replace(
+            batch, frames=None, features=model.encode(batch.frames)
+        )
+        return model.embed(batch), model.embed(stored)
+
+    from_frames, from_features = run(model, batch)
+    np.testing.assert_array_equal(from_frames.x, from_features.x)
+    # Frames that a row does not have stand nowhere in it.
+    batch.frames[2, 1:] = 255
+    np.testing.assert_array_equal(run(model, batch)[0].x[2], from_frames.x[2])
+
+
+def test_vision_tokens_stand_where_their_role_does(model):
+    text = np.array([7, 7, 263, 263, 7, 263, 263, 263, 263, 263, 263, 9], np.int32)
+    roles = np.where(text == 263, Role.VISION, Role.TEXT).astype(np.int32)
+    rng = np.random.default_rng(0)
+    interleaved = Example(
+        tokens=text,
+        roles=roles,
+        loss_mask=roles < 0,
+        frame_times=np.array([4, 725], np.float32),
+        features=rng.normal(size=(2, 4, 32)).astype(np.float32),
+    )
+    batch = collate(
+        [[interleaved]], RowSize(num_frames=2, text_tokens=6, tokens_per_frame=4)
+    )
+
+    @tiny.quick_jit
+    def run(model, batch):
+        vision = model.project(batch.features, batch.frame_times)
+        return (
+            model.embed(batch).x[0],
+            vision.reshape(8, -1),
+            model.llm.embed.embedding[...],
+        )
+
+    x, vision, table = run(model, batch)
+    want = np.array(table[np.where(text == 263, 0, text)])
+    want[text == 263] = vision
+    np.testing.assert_array_equal(x[:12], want)
+
+
+def test_time_is_embedded_by_its_digits():
+    digits = tiny.build(lambda: TimeDigits(4, 24, tiny.LM, rngs=nnx.Rngs(0)))
+    table = np.asarray(digits.embedding[...])
+    got = jax.jit(digits.__call__)(jnp.array([[0.0, 7.9, 305.5, 86_399.0]]))
+    for token, text in zip(got[0], ("0000", "0007", "0305", "6399"), strict=True):
+        want = sum(table[i, int(d)] for i, d in enumerate(reversed(text)))
+        np.testing.assert_allclose(token, want, **FLOAT32)
+
+
+def test_vision_tokens_can_be_given_the_size_of_text():
+    cfg = dataclasses.replace(TINY, normalise_vision=True, time_digits=0)
+    model = tiny.build(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
+    features = 50 * jax.random.normal(jax.random.key(0), (1, 3, 4, 32))
+    project = tiny.quick_jit(lambda m, f: m.project(f, jnp.zeros((1, 3))))
+    sizes = jnp.sqrt(jnp.mean(project(model, features) ** 2, axis=-1))
+    np.testing.assert_allclose(sizes, cfg.llm.embed_std, rtol=1e-4)
