@@ -36,7 +36,7 @@ def attention(
     logits = jnp.einsum("BKrTH,BSKH->BKrTS", q, k, preferred_element_type=dtype)
     logits = jnp.where(mask, logits * scale, -jnp.inf)
     # Finite where nothing is seen, so that exp(-inf - peak) is 0 and not NaN.
-    peak = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(dtype).min)
+    peak = logits.max(-1, keepdims=True, initial=jnp.finfo(dtype).min)
     weights = jnp.exp(logits - jax.lax.stop_gradient(peak))
     # A sum as a matmul: XLA on CPU runs it faster than its own.
     total = jnp.einsum("BKrTS,S->BKrT", weights, jnp.ones(k.shape[1], dtype))[..., None]
