@@ -93,12 +93,16 @@ def _accumulate(
     if parts == 1:
         return gradient(params, batch)
     # Neighbouring rows go to different parts, so each part spans all devices.
-    batch = jax.tree.map(lambda x: rearrange(x, "(B A) ... -> A B ...", A=parts), batch)
+    leaves, tree = jax.tree.flatten(batch)
+    leaves = [rearrange(x, "(B A) ... -> A B ...", A=parts) for x in leaves]
+
+    def of_part(part):
+        return gradient(params, jax.tree.unflatten(tree, part))
 
     def add(sums, part):
-        return jax.tree.map(jnp.add, sums, gradient(params, part)), None
+        return jax.tree.map(jnp.add, sums, of_part(part)), None
 
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch))
+    shapes = jax.eval_shape(of_part, [x[0] for x in leaves])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    sums, _ = jax.lax.scan(add, zeros, batch)
+    sums, _ = jax.lax.scan(add, zeros, leaves)
     return sums

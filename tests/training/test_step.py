@@ -1,0 +1,125 @@
+"""A step of training: by parts, on one device or eight, with much of it frozen."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.training import mini
+from timeviper_jax import sharding
+from timeviper_jax.training.metrics import summarise
+from timeviper_jax.training.step import create_state, make_train_step
+
+MESH = sharding.make_mesh(fsdp=-1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mini.make_model()
+
+
+def _run(model, batch, moving, *, task=None, accumulate=1, steps=1):
+    """State and logged means after some steps on one batch."""
+    graph, params = model
+    task = task or mini.make_task()
+    frozen = {path: p for path, p in params.items() if path not in moving}
+    # Donated buffers are gone afterwards; the fixture's are to stay.
+    params = {path: p.copy() for path, p in params.items() if path in moving}
+    optimizer = mini.optimizer_of(params)
+    state, _ = create_state(params, optimizer, MESH)
+    step = make_train_step(graph, task.objective(None), optimizer, accumulate=accumulate)
+    step = jax.jit(step, donate_argnums=0)
+    batch, window = sharding.put(batch, MESH), []
+    for _ in range(steps):
+        state, means = step(state, frozen, batch)
+        window.append(summarise([means]))
+    return state, window, step.lower(state, frozen, batch)
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    batch = mini.make_batch(mini.ROWS)
+    return batch, *_run(model, batch, model[1], steps=mini.STEPS)
+
+
+def test_it_learns_a_batch_by_heart(whole):
+    _, _, window, _ = whole
+    losses = [means["loss"] for means in window]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_accumulated_parts_are_one_batch(model, whole):
+    batch, _, window, _ = whole
+    answers = batch.loss_mask.sum(axis=1)
+    assert len(set(answers)) > 1  # Else an average of averages would do.
+    state, parts, _ = _run(model, batch, model[1], accumulate=2, steps=mini.STEPS)
+    for means, want in zip(parts, window, strict=True):
+        for name in want:
+            np.testing.assert_allclose(means[name], want[name], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        state.params["llm/head/kernel"], whole[1].params["llm/head/kernel"], atol=1e-5
+    )
+
+
+def test_frozen_parameters_have_no_gradient_and_no_memory(model):
+    graph, params = model
+    moving = {path for path in params if path.startswith(("projector/", "llm/transv"))}
+    batch = dataclasses.replace(
+        mini.make_batch(4),
+        frames=None,
+        features=np.ones((4, mini.FRAMES, 4, 32), np.float16),
+    )
+    state, _, lowered = _run(
+        model, batch, moving, task=mini.make_task(cached=True), steps=1
+    )
+    moments = jax.tree.leaves(state.opt_state)
+    assert sum(m.size for m in moments) < 2.1 * sum(params[p].size for p in moving)
+    changed = {p for p in moving if not np.array_equal(state.params[p], params[p])}
+    assert changed == moving
+    # Features are given: the encoder is not even an argument of the program.
+    given = lowered.compile().memory_analysis().argument_size_in_bytes
+    arguments = jax.tree.leaves((state, params, batch))
+    encoder = [p for path, p in params.items() if path.startswith("vision/")]
+    size = lambda arrays: sum(array.nbytes for array in arrays)
+    moved = size(state.params.values())  # Counted in `params` too.
+    assert given <= size(arguments) - moved - size(encoder)
+
+
+def _on_eight_devices(*meshes):
+    """What `tests/training/eight_devices.py` finds on eight simulated devices."""
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.eight_devices", *meshes],
+        env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = map(json.loads, done.stdout.splitlines())
+    return dict(zip(meshes, lines, strict=True))
+
+
+def _assert_equals_single(got, whole, shards):
+    _, state, window, _ = whole
+    assert got["shards"] == shards
+    want = [means["loss"] for means in window]
+    np.testing.assert_allclose(got["losses"], want, rtol=1e-4)
+    for path, values in got["params"].items():
+        single = np.asarray(state.params[path]).ravel()[:64]
+        np.testing.assert_allclose(values, single, atol=1e-4, err_msg=path)
+
+
+def test_data_parallel_and_fsdp_steps_equal_a_single_devices(whole):
+    got = _on_eight_devices("data", "fsdp")
+    _assert_equals_single(got["data"], whole, shards=1)
+    _assert_equals_single(got["fsdp"], whole, shards=8)
+
+
+@pytest.mark.slow
+def test_a_step_split_three_ways_equals_a_single_devices(whole):
+    _assert_equals_single(_on_eight_devices("mixed")["mixed"], whole, shards=4)
