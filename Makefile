@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 RUN = $(VENV)/bin/python
-PYTEST = $(RUN) -m pytest -n $(WORKERS)
+PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadfile
 # A command that asks for no accelerator should not wait for one.
 export JAX_PLATFORMS ?= cpu
 

@@ -1,6 +1,7 @@
 """A run that is stopped and continued is the run that never stopped."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import train
 from configs import stage2_video
 from timeviper_jax import sharding
 from timeviper_jax.training.checkpoint import Checkpoints, load_params
+from timeviper_jax.training.metrics import MetricsWriter
 
-STEPS = 6
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,7 @@ def folder(tmp_path_factory):
 def _config(folder):
     c = stage2_video.get_config("smoke")
     c.data.manifest = str(folder / "data" / "data.yaml")
-    c.stages.instruct.steps = STEPS
-    c.checkpoint_every = 2
+    c.checkpoint_every = 1
     c.keep_checkpoints = 10
     return c
 
@@ -38,8 +39,7 @@ def _flags(folder):
     return [
         "--config=configs/stage2_video.py:smoke",
         f"--config.data.manifest={folder / 'data' / 'data.yaml'}",
-        f"--config.stages.instruct.steps={STEPS}",
-        "--config.checkpoint_every=2",
+        "--config.checkpoint_every=1",
         "--config.keep_checkpoints=10",
     ]
 
@@ -92,18 +92,40 @@ def test_it_learns_and_logs_every_step(unbroken):
     assert Checkpoints(unbroken).latest().stage_step == STEPS
 
 
-@pytest.mark.parametrize(
-    "number, status", [(signal.SIGTERM, train.STOPPED), (signal.SIGKILL, -9)]
-)
-def test_a_run_that_is_stopped_continues_bit_for_bit(folder, unbroken, number, status):
-    workdir = folder / f"stopped_{number.name}"
+def test_a_run_that_is_killed_continues_bit_for_bit(folder, unbroken):
+    workdir = folder / "killed"
     process = _start(folder, workdir)
-    _wait_for(workdir / "metrics.jsonl", 3, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == status, errors
-    record = Checkpoints(workdir).latest()
-    assert 2 <= record.stage_step < STEPS
+    _wait_for(workdir / "metrics.jsonl", 2, process)
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    assert 1 <= Checkpoints(workdir).latest().stage_step < STEPS
+    train.run(_config(folder), str(workdir))
+    _assert_same_run(workdir, unbroken)
+
+
+@pytest.fixture
+def handlers():
+    """Leaves the signals as they were."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_saves_the_step_it_finishes(folder, unbroken, monkeypatch, handlers):
+    workdir, write = folder / "asked", MetricsWriter.write
+
+    def write_and_ask(self, step, *args, **labels):
+        write(self, step, *args, **labels)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "write", write_and_ask)
+    with pytest.raises(SystemExit) as stopped:
+        train.run(_config(folder), str(workdir))
+    assert stopped.value.code == train.STOPPED
+    assert Checkpoints(workdir).latest().stage_step == 1
     train.run(_config(folder), str(workdir))
     _assert_same_run(workdir, unbroken)
 
@@ -121,16 +143,15 @@ def test_another_config_does_not_continue_a_run(folder, unbroken):
         train.run(c, str(unbroken))
 
 
-def test_a_run_can_begin_with_the_parameters_of_another(folder, unbroken):
+def test_a_run_can_begin_with_the_parameters_of_another(folder, unbroken, monkeypatch):
     c = _config(folder)
     c.init_from = str(unbroken)
     c.seed = 7  # Else the initial values would be the same anyway.
-    c.stages.instruct.update(steps=1, lr=0.0)
-    c.optimizer.weight_decay = 0.0
-    workdir = folder / "second"
-    train.run(c, str(workdir))
+    monkeypatch.setattr(train, "StopRequest", lambda: True)  # Before the first step.
+    with pytest.raises(SystemExit):
+        train.run(c, str(folder / "second"))
     mesh = sharding.make_mesh(fsdp=-1)
-    first, second = load_params(unbroken, mesh), load_params(workdir, mesh)
+    first, second = load_params(unbroken, mesh), load_params(folder / "second", mesh)
     for path in first:
         np.testing.assert_array_equal(first[path], second[path], err_msg=path)
 
