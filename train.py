@@ -246,6 +246,7 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
                 prepared_records(c, "train"),
                 batch_size=stage.batch_size,
                 per_record=stage.task.per_record,
+                share=stage.task.share,
                 **hosts,
             )
             check = lambda batch: batch
@@ -266,7 +267,10 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
 
         train_step = jax.jit(
             make_train_step(
-                graph, stage.task.objective, optimizer, accumulate=stage.accumulate
+                graph,
+                stage.task.objective(tokenizer),
+                optimizer,
+                accumulate=stage.accumulate,
             ),
             donate_argnums=0,
             out_shardings=(places, NamedSharding(mesh, P())),

@@ -2,11 +2,15 @@ r"""The demo: a small TimeViper learns to find photographs in long videos.
 
 python -m timeviper_jax.data.needles --out data/needles
 python train.py --config configs/needles.py --workdir runs/needles
+python train.py --config configs/needles.py:arm=transv \
+    --config.init_from=runs/needles --workdir runs/needles_transv
 python train.py --config configs/needles.py:smoke --workdir runs/needles_smoke
 python train.py --config configs/needles.py --sweep_index 1 --workdir runs/needles_1
 
 An encoder that has seen nothing is warmed up on single frames and then frozen; from its
-stored features the language model learns to answer, on short videos, then on long ones.
+stored features the language model learns to answer: first about glimpses, a few moments
+far apart, then about scenes of 32 and of 512 seconds. An `arm` goes on from there: with
+nothing dropped, with nine vision tokens in ten dropped, or with TransV at that rate.
 `smoke` trains four steps of each stage on a few videos that it makes first.
 """
 
@@ -17,10 +21,25 @@ import ml_collections
 
 from configs.common import parse_arg
 
+WORDS = (
+    *("nothing", "astronaut", "camera", "cat", "coffee", "coin"),
+    *("eye", "moon", "page", "rocket", "sky"),
+)
+
+# Before the first attention layer, so that no text has read what is dropped. A stage
+# that keeps everything lets all arms run the same programs.
+ARMS = {
+    "none": dict(layer=1, keep=1.0, select="uniform", transfer=False),
+    "drop": dict(layer=1, keep=0.1, select="uniform", transfer=False),
+    "transv": dict(layer=1, keep=0.1, select="uniform", transfer=True),
+}
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the whole experiment; nothing else decides how a run behaves."""
-    arg = parse_arg(arg, smoke=False)
+    arg = parse_arg(arg, smoke=False, arm="")
+    if arg.arm and arg.arm not in ARMS:
+        raise ValueError(f"arm={arg.arm!r} is not one of {sorted(ARMS)}.")
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.init_from = ""  # The directory of a run, to begin with its parameters.
@@ -30,7 +49,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         param_dtype="float32",
         rolled=False,
         remat=False,
-        num_labels=11,  # Ten objects, or none of them.
     )
     c.mesh = dict(data=1, fsdp=-1, tensor=1, context=1)  # -1: all devices left.
 
@@ -46,63 +64,32 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     c.optimizer = dict(
         b1=0.9,
-        b2=0.95,
+        b2=0.98,
         eps=1e-8,
         weight_decay=0.01,
         clip_norm=1.0,
         warmup=0.05,
-        final_lr=0.05,
+        final_lr=0.1,
     )
-    c.stage_order = ("warmup", "short", "long")
     c.stages = dict()
     c.stages.warmup = dict(
-        task=dict(kind="frames", per_record=8),
+        task=dict(kind="frames", words=WORDS, per_record=8, share=0.375),
         steps=450,
         batch_size=128,
-        accumulate=1,
         lr=2e-3,
-        lr_multipliers=(),
         frozen=(),
-        transv=(),
     )
-    c.stages.short = dict(
-        task=dict(
-            kind="text",
-            split="train",
-            where=(("frames", (32,)),),
-            num_frames=32,
-            text_tokens=128,
-            answer_tokens=24,
-            num_segments=1,
-            cached=True,
-        ),
-        steps=400,
-        batch_size=32,
-        accumulate=1,
-        lr=1.5e-3,
-        lr_multipliers=(),
-        frozen=(r"^vision/",),
-        transv=(),
-    )
-    c.stages.long = dict(
-        task=dict(
-            kind="text",
-            split="train",
-            where=(("frames", (512,)),),
-            num_frames=512,
-            text_tokens=128,
-            answer_tokens=24,
-            num_segments=1,
-            cached=True,
-        ),
-        steps=60,
-        batch_size=8,
-        accumulate=1,
-        lr=5e-4,
-        lr_multipliers=(),
-        frozen=(r"^vision/",),
-        transv=(),
-    )
+    c.stages.glimpses = answer(8, steps=350, batch_size=64, lr=3e-3)
+    c.stages.scenes = answer(32, steps=600, batch_size=32, lr=2.5e-3)
+    c.stages.long = answer(512, steps=40, batch_size=4, lr=5e-4)
+    c.stages.arm = answer(32, steps=150, batch_size=32, lr=5e-4)
+    for stage in c.stages.values():
+        stage.accumulate, stage.transv, stage.lr_multipliers = 1, (), ()
+    if arg.arm:
+        # The paper's ratio of learning rates; a closed gate hardly opens without it.
+        c.stages.arm.lr_multipliers = ((r"^llm/transv/", 5.0),)
+        c.stages.arm.transv = (ARMS[arg.arm],)
+    c.stage_order = ("arm",) if arg.arm else ("warmup", "glimpses", "scenes", "long")
     c.log_every = 20
     c.checkpoint_every = 100
     c.keep_checkpoints = 2
@@ -116,12 +103,34 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             tokenizer="bytes",
             encode_batch=32,
         )
+        # Bytes of the words' beginnings must differ.
+        c.stages.warmup.task.words = tuple("0123456789x")
         c.stages.warmup.update(steps=4, batch_size=8)
-        c.stages.short.update(steps=4, batch_size=2)
-        c.stages.short.task.text_tokens = 256
-        c.stage_order = ("warmup", "short")
+        c.stages.scenes.update(steps=4, batch_size=2)
+        c.stages.scenes.task.text_tokens = 256
+        c.stage_order = ("warmup", "scenes")
         c.log_every = 1
     return c
+
+
+def answer(seconds: int, *, steps: int, batch_size: int, lr: float) -> dict[str, Any]:
+    """A stage that learns to answer about videos of this many frames."""
+    return dict(
+        task=dict(
+            kind="text",
+            split="train",
+            where=(("frames", (seconds,)),),
+            num_frames=seconds,
+            text_tokens=36,
+            answer_tokens=16,
+            num_segments=1,
+            cached=True,
+        ),
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        frozen=(r"^vision/",),
+    )
 
 
 def sweep() -> Iterator[dict[str, Any]]:

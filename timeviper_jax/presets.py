@@ -53,7 +53,7 @@ _TINY_LLM = HybridConfig(
 )
 
 _SMALL_LLM = HybridConfig(
-    pattern="M-M*-M*-",
+    pattern="M*-M*-M*-",
     vocab_size=512,
     embed_dim=128,
     mlp_dim=256,
@@ -61,11 +61,14 @@ _SMALL_LLM = HybridConfig(
     num_kv_heads=2,
     head_dim=32,
     ssm_heads=4,
-    ssm_head_dim=64,
+    ssm_head_dim=32,
     ssm_groups=1,
     ssm_state=32,
     chunk_size=32,
     log_base=128.0,
+    init_std=0.08,
+    embed_std=0.5,
+    match_init=True,
 )
 
 PRESETS = {
@@ -83,9 +86,9 @@ PRESETS = {
         ),
         projector=ProjectorConfig(vision_dim=96, llm_dim=128),
         llm=_SMALL_LLM,
-        tokens_per_frame=4,
+        tokens_per_frame=2,
         time_digits=5,
-        num_labels=11,
+        normalise_vision=True,
     ),
     "nano_9b": TimeViperConfig(
         vision=SIGLIP_SO400M_384,

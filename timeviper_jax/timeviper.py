@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Int, Num
 
 from timeviper_jax.data.examples import Batch, Role
 from timeviper_jax.layers.norm import rms_normalise
@@ -37,8 +37,7 @@ class TimeViperConfig:
     `time_digits` > 0 tells the language model when each frame is shown: that many
     decimal digits of its whole seconds, embedded and added to the frame's tokens
     (beyond the paper). `normalise_vision` gives vision tokens the size of text
-    embeddings, which an encoder without pretraining needs. `num_labels` > 0 adds a
-    head that classifies frames, with which such an encoder is warmed up.
+    embeddings, which an encoder without pretraining needs.
     """
 
     vision: VitConfig
@@ -47,7 +46,6 @@ class TimeViperConfig:
     tokens_per_frame: int = 16
     time_digits: int = 0
     normalise_vision: bool = False
-    num_labels: int = 0
 
     def with_transv(self, stages: tuple[Stage, ...]) -> "TimeViperConfig":
         """The same model with other TransV stages."""
@@ -88,14 +86,6 @@ class TimeViper(nnx.Module):
         if cfg.time_digits:
             self.time = TimeDigits(
                 cfg.time_digits, cfg.llm.embed_dim, cfg.llm, rngs=rngs
-            )
-        if cfg.num_labels:
-            self.classifier = nnx.Linear(
-                cfg.llm.embed_dim,
-                cfg.num_labels,
-                dtype=cfg.llm.dtype,
-                param_dtype=cfg.llm.param_dtype,
-                rngs=rngs,
             )
 
     def __call__(self, batch: Batch) -> Float[Array, "B T vocab"]:
@@ -153,12 +143,23 @@ class TimeViper(nnx.Module):
         x = self.llm.embed(jnp.where(vision, 0, tokens))
         return jnp.where(vision[..., None], 0, x)
 
-    def classify(
-        self, frames: UInt8[Array, "B H W C"] | Float[Array, "B H W C"]
-    ) -> Float[Array, "B labels"]:
-        """Label logits of single frames, from the mean of their vision tokens."""
+    def match_words(
+        self, frames: Num[Array, "B H W C"], words: Int[Array, " words"]
+    ) -> Float[Array, "B words"]:
+        """How well each frame matches each word (a token id), as logits.
+
+        The mean of a frame's vision tokens against the words' embeddings: with it an
+        encoder without pretraining is taught to see in the language model's terms.
+        """
         tokens = self.projector(self.encode(frames))
-        return self.classifier(jnp.mean(tokens, axis=1)).astype(jnp.float32)
+        mean = jnp.mean(rms_normalise(tokens, self.cfg.llm.norm_eps), axis=1)
+        embeddings = self.llm.embed(words).astype(jnp.float32)
+        sharpness = _WORD_SHARPNESS / (mean.shape[-1] * self.cfg.llm.embed_std)
+        return sharpness * mean @ embeddings.T
+
+
+# A frame that looks just like a word in its initial size gets this logit.
+_WORD_SHARPNESS = 10.0
 
 
 def _splice(

@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import pathlib
+import re
 
 import av
 import numpy as np
@@ -22,6 +23,7 @@ from timeviper_jax.data import (
     tokenizer,
     video,
 )
+from timeviper_jax.data import needle_glimpses as glimpses
 from timeviper_jax.data.needle_scenes import SceneConfig, draw_scene, place
 
 NAMES = needle_sources.NAMES
@@ -123,16 +125,22 @@ def test_a_scene_too_short_is_an_error():
 # --- Questions ---------------------------------------------------------------------
 
 
+def _options(text: str) -> list[str]:
+    """The four names that a multiple choice offers, in order."""
+    options = re.findall(r"\w+", text.removeprefix("Which is shown"))
+    options.remove("or")
+    assert len(options) == 4
+    return options
+
+
 def _answer(scene, text: str) -> str:
     """The true answer, worked out from the text and the timeline alone."""
     names = [showing.name for showing in scene.showings]
     mentioned = [name for name in NAMES if f"the {name}" in text]
     spans = {showing.name: showing for showing in scene.showings}
-    if text.startswith("Which is shown? "):
-        options = text.removeprefix("Which is shown? ").split()
-        assert options[::2] == ["(A)", "(B)", "(C)", "(D)"]
-        (place,) = [i for i, name in enumerate(options[1::2]) if name in names]
-        return "ABCD"[place]
+    if text.startswith("Which is shown, "):
+        (answer,) = [name for name in _options(text) if name in names]
+        return answer
     if text.startswith("What is shown"):
         return names[0] if text.endswith("first?") else names[-1]
     if text.startswith("When is the"):
@@ -165,19 +173,17 @@ def test_each_object_shown_once_gets_an_mcq_and_a_when(asked):
         assert list(scene.once) == about["mcq", id(scene)] == about["when", id(scene)]
 
 
-def test_mcq_letters_and_objects_are_uniform(asked):
-    mcq = _of_kind(asked, "mcq")
-    _assert_uniform([question.answer for _, question in mcq], "ABCD")
-    _assert_uniform([question.about.name for _, question in mcq], NAMES)
-    pairs = [(question.answer, question.about.name) for _, question in mcq]
-    _assert_uniform(pairs, list(itertools.product("ABCD", NAMES)))
-    wrong = [
-        (letter, name)
-        for _, question in mcq
-        for letter, name in zip("ABCD", question.text.split()[4::2], strict=True)
-        if letter != question.answer
+def test_mcq_places_and_objects_are_uniform(asked):
+    mcq = [question for _, question in _of_kind(asked, "mcq")]
+    options = [_options(question.text) for question in mcq]
+    places = [
+        names.index(question.answer)
+        for names, question in zip(options, mcq, strict=True)
     ]
-    _assert_uniform(wrong, list(itertools.product("ABCD", NAMES)))
+    _assert_uniform(places, range(4))
+    _assert_uniform([question.about.name for question in mcq], NAMES)
+    offered = [(i, name) for names in options for i, name in enumerate(names)]
+    _assert_uniform(offered, list(itertools.product(range(4), NAMES)))
 
 
 def test_counts_are_uniform_even_where_an_object_repeats(asked):
@@ -555,3 +561,28 @@ def test_labels_follow_the_timeline():
     cat, moon = (needle_builder.LABELS.index(name) for name in ("cat", "moon"))
     labels = needle_builder.label_frames([scene])
     assert labels.tolist() == [0, cat, cat, 0, 0, moon]
+
+
+# --- Glimpses ----------------------------------------------------------------------
+
+
+def test_glimpses_show_a_needle_as_it_appears_ends_and_is_gone():
+    rng = np.random.default_rng(0)
+    scenes = [draw_scene(rng, 32 * i, 32, NAMES, SceneConfig()) for i in range(40)]
+    shown = {
+        second: showing
+        for scene in scenes
+        for showing in scene.showings
+        for second in range(showing.start, showing.stop)
+    }
+    drawn = [glimpses.draw(rng, scenes, NAMES, "reel.mp4") for _ in range(200)]
+    for item in filter(None, drawn):
+        seconds = [int(time) for time in item["frame_times"]]
+        assert len(set(seconds)) == glimpses.FRAMES and seconds == sorted(seconds)
+        seen = {shown[second] for second in seconds if second in shown}
+        objects = {tuple(entry) for entry in item["needle"]["objects"]}
+        assert {dataclasses.astuple(showing) for showing in seen} == objects
+        for _, start, stop in objects:
+            assert {start, stop - 1, stop} <= set(seconds)
+    kinds = {item["needle"]["kind"] for item in filter(None, drawn)}
+    assert kinds == {"when", "mcq", "what", "first"}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from timeviper_jax.data.features import second_times
 from timeviper_jax.data.video import probe, read_frames
@@ -31,16 +31,21 @@ def make_frame_batches(
     *,
     batch_size: int,
     per_record: int,
+    share: float,
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[FrameBatch]:
-    """Batches without end of frames, half of which show something (label above 0).
+    """Batches without end of frames, some of which show something (label above 0).
+
+    They are varied as a camera would: brightness, contrast, and where nothing is
+    shown also side and colours.
 
     Args:
       records: Random access to {"frames", "labels"}.
       batch_size: Frames, over all hosts.
       per_record: Frames that are drawn from a record each time it is read.
+      share: Of the frames of a record with both, those that show something.
       seed: Decides the order and the draws.
       process_index: This host's number.
       process_count: How many hosts share the batches.
@@ -52,26 +57,48 @@ def make_frame_batches(
             f" {per_record} frames a record; use a multiple."
         )
     draws = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
-    draws = draws.random_map(lambda record, rng: _draw(record, per_record, rng))
+    draws = draws.random_map(lambda record, rng: _draw(record, per_record, share, rng))
     draws = draws[process_index::process_count]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)
     batches = draws.to_iter_dataset(options).batch(records_per_host, batch_fn=_join)
     return iter(batches)
 
 
-def _draw(record: Record, count: int, rng: np.random.Generator) -> FrameBatch:
-    """`count` frames of a record: what it shows and what it doesn't, half each."""
+def _draw(
+    record: Record, count: int, share: float, rng: np.random.Generator
+) -> FrameBatch:
+    """`count` frames of a record, a share of which show something."""
     labels = np.asarray(record["labels"])
     something, nothing = np.flatnonzero(labels > 0), np.flatnonzero(labels == 0)
     halves = [half for half in (something, nothing) if len(half)]
-    sizes = [count - count // 2, count // 2] if len(halves) == 2 else [count]
+    shown = max(1, round(count * share))
+    sizes = [shown, count - shown] if len(halves) == 2 else [count]
     chosen = np.concatenate(
         [rng.choice(half, size) for half, size in zip(halves, sizes, strict=True)]
     )
+    frames = np.asarray(record["frames"])[chosen]
     return FrameBatch(
-        frames=np.asarray(record["frames"])[chosen],
+        frames=_vary(frames, labels[chosen] == 0, rng),
         labels=labels[chosen].astype(np.int32),
     )
+
+
+def _vary(
+    frames: UInt8[np.ndarray, "B H W 3"],
+    empty: Bool[np.ndarray, "B"],
+    rng: np.random.Generator,
+) -> UInt8[np.ndarray, "B H W 3"]:
+    """Frames in another light; empty ones may be mirrored and change colours."""
+    frames = frames.astype(np.float32)
+    for i in np.flatnonzero(empty & (rng.random(len(empty)) < 0.3)):
+        frames[i] = frames[i][..., rng.permutation(3)]
+    mirrored = empty & (rng.random(len(empty)) < 0.5)
+    frames[mirrored] = frames[mirrored, :, ::-1]
+    contrast = rng.uniform(0.8, 1.25, (len(frames), 1, 1, 1))
+    brightness = rng.uniform(-20, 20, (len(frames), 1, 1, 1))
+    mean = frames.mean(axis=(1, 2, 3), keepdims=True)
+    frames = (frames - mean) * contrast + mean + brightness
+    return np.clip(frames, 0, 255).astype(np.uint8)
 
 
 def _join(parts: Sequence[FrameBatch]) -> FrameBatch:

@@ -12,7 +12,8 @@
 An item is {"id", "image", "conversations"} or {"id", "image", "caption"}. `image`
 names media, several as "a.jpg | b.jpg": images, videos, folders of frames. In
 conversations each `<image>` stands for the next of them; without any, they all come
-first. `video_start` and `video_end` cut a window (seconds) out of each video.
+first. `video_start` and `video_end` cut a window (seconds) out of each video;
+`frame_times` lists the seconds to look at, instead of sampling.
 
 A key that is not known here is an error, so a misspelt one never goes unnoticed.
 """
@@ -138,6 +139,7 @@ class Item:
     duration: Number | None = None
     start: Number | None = None
     end: Number | None = None
+    frame_times: tuple[Number, ...] | None = None
     notes: Mapping[str, Any] | None = None  # What evaluation wants to know.
 
     def turns(
@@ -299,7 +301,7 @@ def _dataset(entry: Any, manifest: pathlib.Path, where: str) -> Dataset:
 
 _ITEM_KEYS = {
     *("id", "image", "conversations", "caption"),
-    *("duration", "video_start", "video_end"),
+    *("duration", "video_start", "video_end", "frame_times"),
     "needle",  # What the evaluation of the needle data wants to know; see `Item.notes`.
 }
 
@@ -328,6 +330,7 @@ def _item(raw: Any, dataset: Dataset, where: str) -> Item:
         duration=_number(raw.get("duration"), f"{where}: duration"),
         start=start,
         end=end,
+        frame_times=_times(raw.get("frame_times"), f"{where}: frame_times"),
         notes=raw.get("needle"),
     )
 
@@ -399,6 +402,17 @@ def _check_keys(raw: Any, known: set[str], where: str) -> None:
         raise ManifestError(
             f"{where}: unknown {unknown}; the keys are {sorted(known)}."
         )
+
+
+def _times(raw: Any, where: str) -> tuple[Number, ...] | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, list) or not raw:
+        raise ManifestError(f"{where} is {raw!r:.60}; give a list of seconds.")
+    times = tuple(_number(value, where) for value in raw)
+    if None in times or list(times) != sorted(times):
+        raise ManifestError(f"{where} is {raw!r:.60}; give rising seconds.")
+    return times
 
 
 def _text(value: Any, where: str) -> str:

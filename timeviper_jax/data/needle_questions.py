@@ -12,7 +12,7 @@ import numpy as np
 from timeviper_jax.data.needle_scenes import Scene, SceneConfig, Showing
 
 KINDS = ("mcq", "what", "when", "first", "count")
-LETTERS = "ABCD"
+OPTIONS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,17 +35,12 @@ def span_text(showing: Showing) -> str:
 
 
 def _mcq(rng: np.random.Generator, about: Showing, absent: list[str]) -> Question:
-    """Four options of which exactly one is in the scene."""
-    options = [str(name) for name in rng.choice(absent, 3, replace=False)]
-    place = int(rng.integers(4))
-    options.insert(place, about.name)
-    listed = " ".join(f"({a}) {b}" for a, b in zip(LETTERS, options, strict=True))
-    return Question(
-        kind="mcq",
-        text=f"Which is shown? {listed}",
-        answer=LETTERS[place],
-        about=about,
-    )
+    """Four options, in any order, of which exactly one is in the scene."""
+    options = [str(name) for name in rng.choice(absent, OPTIONS - 1, replace=False)]
+    options.insert(int(rng.integers(OPTIONS)), about.name)
+    *others, last = options
+    text = f"Which is shown, {', '.join(others)} or {last}?"
+    return Question(kind="mcq", text=text, answer=about.name, about=about)
 
 
 def _what(scene: Scene, end: str) -> Question:
@@ -99,7 +94,7 @@ def ask(
     questions = []
     present = {showing.name for showing in scene.showings}
     absent = [name for name in names if name not in present]
-    if len(absent) >= len(LETTERS) - 1:
+    if len(absent) >= OPTIONS - 1:
         questions += [_mcq(rng, about, absent) for about in scene.once]
     if scene.showings:
         questions += [_what(scene, "first"), _what(scene, "last")]
@@ -108,6 +103,14 @@ def ask(
         one, other = rng.choice(len(scene.once), 2, replace=False)
         questions.append(_first(rng, (scene.once[one], scene.once[other])))
     return questions + _counts(rng, scene, cfg)
+
+
+def ask_one(
+    rng: np.random.Generator, scene: Scene, kind: str, names: tuple[str, ...]
+) -> Question | None:
+    """A question of one kind, or None if this scene has none."""
+    of_kind = [q for q in ask(rng, scene, names, SceneConfig()) if q.kind == kind]
+    return of_kind[rng.integers(len(of_kind))] if of_kind else None
 
 
 def where(scene: Scene, image: str) -> dict[str, Any]:

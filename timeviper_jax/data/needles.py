@@ -34,6 +34,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from timeviper_jax.data import needle_glimpses as glimpses
 from timeviper_jax.data import needle_handmade as handmade
 from timeviper_jax.data import needle_questions as questions
 from timeviper_jax.data import needle_render as render
@@ -42,6 +43,7 @@ from timeviper_jax.data.needle_scenes import Scene, SceneConfig, Showing, draw_s
 from timeviper_jax.data.tokenizer import train_bpe
 
 SPLITS = ("train", "heldout", "heldout_views")
+GLIMPSES = "glimpses"
 VOCABULARY = 512
 MOST_FRAMES = 10_240
 
@@ -54,6 +56,7 @@ class NeedlesConfig:
     reel: int = 10_240  # Seconds in a training file of many scenes.
     train_32: int = 2_560  # Scenes in reels.
     train_512: int = 100  # Scenes in reels.
+    train_glimpses: int = 24_000  # Questions about a few moments of a reel.
     train_files_32: int = 200  # Files of one scene each, as all that follow.
     heldout_32: int = 220
     heldout_512: int = 116
@@ -184,18 +187,20 @@ def make(out: pathlib.Path, cfg: NeedlesConfig, workers: int) -> None:
     _make_files(sorted(missing, key=lambda file: -file.seconds), cfg, out, workers)
     for split in SPLITS:
         _write_manifests(split, [f for f in files if f.split == split], cfg, out)
-    _write(out / "data.yaml", "data:\n" + "".join(map(_dataset, SPLITS)))
+    _write_glimpses([f for f in files if f.name.startswith("reel00032")], cfg, out)
+    datasets = [*((split, split) for split in SPLITS), ("train", GLIMPSES)]
+    _write(out / "data.yaml", "data:\n" + "".join(_dataset(*d) for d in datasets))
     if not (out / "tokenizer.json").exists():
         _train_tokenizer(out)
 
 
-def _dataset(split: str) -> str:
-    """A split's entry in `data.yaml`: every second of a scene, however long."""
+def _dataset(split: str, name: str) -> str:
+    """An entry of `data.yaml`: every second of a scene, however long."""
     return f"""\
-  - name: needles_{split}
+  - name: needles_{name}
     split: {split}
     format: conversation
-    json_path: {split}.jsonl
+    json_path: {name}.jsonl
     data_path: .
     dataset_type: video
     video_sample_type: fps1
@@ -275,6 +280,22 @@ def _write_manifests(
         ]
     for path, items in zip(paths, (asked, timeline), strict=True):
         _write(path, "".join(json.dumps(item) + "\n" for item in items))
+
+
+def _write_glimpses(reels: list[File], cfg: NeedlesConfig, out: pathlib.Path) -> None:
+    """Writes the training questions about moments far apart, unless they are there."""
+    path = out / f"{GLIMPSES}.jsonl"
+    if path.exists():
+        return
+    plans = [plan(file, cfg) for file in reels]
+    rng = np.random.default_rng([cfg.seed, 3])
+    items = []
+    while len(items) < cfg.train_glimpses:
+        i = int(rng.integers(len(reels)))
+        item = glimpses.draw(rng, plans[i], sources.NAMES, reels[i].path)
+        if item is not None:
+            items.append(item | {"id": f"{GLIMPSES}/{len(items)}"})
+    _write(path, "".join(json.dumps(item) + "\n" for item in items))
 
 
 def _train_tokenizer(out: pathlib.Path) -> None:

@@ -226,6 +226,9 @@ def _frame_times(
         if video.is_image(path):
             times.append(np.array([0.5]))
             continue
+        if item.frame_times is not None:
+            times.append(np.array(item.frame_times, np.float64))
+            continue
         sampling = item.dataset.sampling
         times.append(sampling.times(start, end, rng, capacity=cfg.num_frames))
     return times, seconds

@@ -4,6 +4,7 @@ Every field must be given and known; a name that is missing or misspelt is an er
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from timeviper_jax import sharding
+from timeviper_jax.data.tokenizer import Tokenizer
 from timeviper_jax.llm.transv import Stage as TransVStage
 from timeviper_jax.presets import PRESETS
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
@@ -23,15 +25,24 @@ from timeviper_jax.training.step import Objective
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameTask:
-    """Learn what single frames show. `per_record` of them come from one place."""
+    """Learn which word says what a frame shows; the first is for nothing.
 
+    `per_record` frames come from one place, a share of them with something to see.
+    """
+
+    words: tuple[str, ...]
     per_record: int
+    share: float
 
-    reads = r"^(vision|projector|classifier)/"
+    reads = r"^(vision|projector|llm/embed)/"
 
-    @property
-    def objective(self) -> Objective:
-        return loss.frame_objective
+    def objective(self, tokenizer: Tokenizer) -> Objective:
+        ids = tuple(tokenizer.encode(f" {word}")[0] for word in self.words)
+        if len(set(ids)) < len(ids):
+            raise ValueError(
+                f"words={self.words} begin with the tokens {ids}; they must differ."
+            )
+        return functools.partial(loss.frame_objective, words=ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +66,7 @@ class TextTask:
         encoder = "" if self.cached else "vision|"
         return rf"^({encoder}projector|time|llm)/"
 
-    @property
-    def objective(self) -> Objective:
+    def objective(self, _: Tokenizer) -> Objective:
         return lambda model, batch: loss.text_objective(
             model, batch, answer_tokens=self.answer_tokens
         )

@@ -6,6 +6,7 @@ targets they hold.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +104,11 @@ def _exact(correct: Bool[Array, "B A"], targets: Targets, num_segments: int) -> 
     return Mean.of(wrong == 0, asked)
 
 
-def frame_objective(model: TimeViper, batch: FrameBatch) -> Means:
-    """Cross-entropy of each frame's label."""
-    logits = model.classify(batch.frames)
+def frame_objective(
+    model: TimeViper, batch: FrameBatch, *, words: Sequence[int]
+) -> Means:
+    """Cross-entropy of which word, by its token id, says what a frame shows."""
+    logits = model.match_words(batch.frames, jnp.array(words))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     everything = jnp.ones_like(losses)
     return {
