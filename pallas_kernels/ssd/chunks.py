@@ -41,11 +41,12 @@ def cut(
 ) -> Chunks:
     """Pads T to whole chunks with dt = 0, which changes nothing, and cuts."""
     T, G = x.shape[1], b.shape[2]
+    L = min(chunk_size, T)
 
     def to_chunks(z: Shaped[Array, "B T *rest"], pattern: str):
-        z = jnp.pad(z, [(0, 0), (0, -T % chunk_size)] + [(0, 0)] * (z.ndim - 2))
+        z = jnp.pad(z, [(0, 0), (0, -T % L)] + [(0, 0)] * (z.ndim - 2))
         sizes = {"G": G} if "G r" in pattern else {}
-        return einops.rearrange(z, pattern, L=chunk_size, **sizes)
+        return einops.rearrange(z, pattern, L=L, **sizes)
 
     run = None
     if starts is not None:

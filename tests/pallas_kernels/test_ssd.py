@@ -83,8 +83,9 @@ def _assert_close(got, want, tolerance):
     """Compares trees; the tolerance is relative to each array's largest element."""
 
     def check(path, g, w):
+        g, w = (np.asarray(z).astype(np.float64) for z in (g, w))
         scale = np.abs(w).max() + 1e-30
-        error = np.abs(np.asarray(g).astype(np.float64) - w).max() / scale
+        error = np.abs(g - w).max() / scale
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
 
     jax.tree_util.tree_map_with_path(check, got, want)
