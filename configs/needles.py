@@ -69,7 +69,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         weight_decay=0.01,
         clip_norm=1.0,
         warmup=0.05,
-        final_lr=0.1,
+        final_lr=0.3,
     )
     c.stages = dict()
     c.stages.warmup = dict(
@@ -79,7 +79,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         lr=2e-3,
         frozen=(),
     )
-    c.stages.glimpses = answer(8, steps=350, batch_size=64, lr=3e-3)
+    c.stages.glimpses = answer(8, steps=400, batch_size=64, lr=3e-3)
     c.stages.scenes = answer(32, steps=600, batch_size=32, lr=2.5e-3)
     c.stages.long = answer(512, steps=40, batch_size=4, lr=5e-4)
     c.stages.arm = answer(32, steps=150, batch_size=32, lr=5e-4)

@@ -28,6 +28,7 @@ from timeviper_jax.data.needle_scenes import SceneConfig, draw_scene, place
 
 NAMES = needle_sources.NAMES
 SMALL = needles.NeedlesConfig(
+    train_glimpses=20,
     reel=128,
     train_32=8,
     train_512=1,
@@ -396,6 +397,7 @@ def test_manifest_items_say_what_their_scene_says(data):
 def test_the_pipeline_reads_the_manifest(data):
     for split in needles.SPLITS:
         items = manifest.load(data / "data.yaml", split)
+        items = [item for item in items if not item.id.startswith(needles.GLIMPSES)]
         assert len(items) == len(needles.read_lines(data / f"{split}.jsonl"))
         assert all(pathlib.Path(path).is_file() for path in items[0].media)
         assert items[0].notes["split"] == split
