@@ -86,9 +86,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     for stage in c.stages.values():
         stage.accumulate, stage.transv, stage.lr_multipliers = 1, (), ()
     if arg.arm:
+        c.stages.arm.transv = (ARMS[arg.arm],)
+    if arg.arm == "transv":
         # The paper's ratio of learning rates; a closed gate hardly opens without it.
         c.stages.arm.lr_multipliers = ((r"^llm/transv/", 5.0),)
-        c.stages.arm.transv = (ARMS[arg.arm],)
     c.stage_order = ("arm",) if arg.arm else ("warmup", "glimpses", "scenes", "long")
     c.log_every = 20
     c.checkpoint_every = 100
