@@ -82,12 +82,14 @@ def test_smoke_trains_every_stage_it_names(name, tmp_path):
 def test_a_stage_does_not_move_what_it_does_not_read():
     stages = get_config("needles").to_dict()["stages"]
     _, shapes = describe(model_config(**get_config("needles").model))
-    parts = {
-        name: {path.split("/")[0] for path in StageConfig.from_dict(s).moving(shapes)}
-        for name, s in stages.items()
+    moving = {
+        name: StageConfig.from_dict(s).moving(shapes) for name, s in stages.items()
     }
-    assert parts["warmup"] == {"vision", "projector", "classifier"}
-    assert parts["short"] == {"projector", "time", "llm"}
+    parts = {name: {p.split("/")[0] for p in paths} for name, paths in moving.items()}
+    assert parts["warmup"] == {"vision", "projector", "llm"}
+    assert parts["scenes"] == {"projector", "time", "llm"}
+    in_llm = {path for path in moving["warmup"] if path.startswith("llm/")}
+    assert in_llm == {"llm/embed/embedding"}
 
 
 def test_a_field_that_is_misspelt_or_missing_is_an_error():

@@ -68,7 +68,7 @@ def test_recorded_generation_from_pixels(case):
 
 # A tiny model of its own.
 
-TINY = dataclasses.replace(PRESETS["tiny"], time_digits=3, num_labels=5)
+TINY = dataclasses.replace(PRESETS["tiny"], time_digits=3)
 
 
 def example(frames: int, question: int, answer: int, seed: int = 0) -> Example:
@@ -112,7 +112,7 @@ def _loss(model: TimeViper, batch: Batch):
     )
     asked = (positions >= 0) & batch.loss_mask[b, targets]
     text_loss = jnp.mean(losses, where=asked)
-    labels = model.classify(batch.frames[:, 0])
+    labels = model.match_words(batch.frames[:, 0], jnp.arange(5))
     return text_loss + jnp.mean(labels**2), output
 
 

@@ -57,7 +57,6 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"vision/positions", P(None, "fsdp")),
     (r"vision/patch/bias", P()),
     (r"time/embedding", P()),
-    (r"classifier/(kernel|bias)", P()),
 )
 
 

@@ -16,6 +16,7 @@ from golden_cases import load, under
 from timeviper_jax.conversion.nano import config_from_json
 from timeviper_jax.data.examples import Role
 from timeviper_jax.layers.layout import Layout
+from timeviper_jax.llm.hybrid import HybridLM
 from timeviper_jax.llm.stream import make_stream
 from timeviper_jax.llm.transv import Dropped, Stage
 
@@ -316,6 +317,20 @@ def test_the_config_may_name_another_ssd():
     np.testing.assert_allclose(
         run(tiny.build_lm(ssd="reference"), stream), want, **FLOAT32
     )
+
+
+def test_attention_may_start_as_a_search_for_like_tokens():
+    cfg = dataclasses.replace(tiny.LM, pattern="*", match_init=True, embed_std=0.5)
+    create = lambda: HybridLM(cfg, rngs=nnx.Rngs(0))
+    lm = nnx.eval_shape(create)
+    nnx.update(lm, jax.jit(lambda: nnx.state(create()))())
+    mixer = lm.block("attention", 0).mixer
+    q, k, v, out = (getattr(mixer, n).kernel[...] for n in ("q", "k", "v", "out"))
+    for head in range(4):
+        assert jnp.array_equal(q[:, head], k[:, head // 2]) == (head % 2 == 0)
+        np.testing.assert_array_equal(out[head], v[:, head // 2].T)
+    table = lm.embed.embedding[...]
+    np.testing.assert_allclose(lm.head.kernel[...], 0.04 * table.T, rtol=1e-5)
 
 
 # Configs.

@@ -8,6 +8,7 @@ from flax import nnx
 
 from tests.tiny import build
 from timeviper_jax.data.examples import Batch, Role
+from timeviper_jax.data.tokenizer import ByteTokenizer
 from timeviper_jax.llm.transv import Stage
 from timeviper_jax.presets import PRESETS
 from timeviper_jax.timeviper import TimeViper
@@ -77,6 +78,10 @@ def make_task(**changes) -> experiment.TextTask:
         where=(),
     )
     return experiment.TextTask(**options | changes)
+
+
+def make_objective(**changes):
+    return make_task(**changes).objective(ByteTokenizer())
 
 
 def optimizer_of(params, lr: float = 1e-2):
