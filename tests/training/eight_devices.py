@@ -29,7 +29,7 @@ def train(sizes: dict[str, int]) -> dict:
     params = jax.device_put(params, sharding.shard_params(params, mesh))
     optimizer = mini.optimizer_of(params)
     state, places = create_state(params, optimizer, mesh)
-    step = make_train_step(graph, mini.make_objective()(None), optimizer)
+    step = make_train_step(graph, mini.make_objective(), optimizer)
     with jax.set_mesh(mesh):
         step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
         batch, window = sharding.put(mini.make_batch(mini.ROWS), mesh), []
