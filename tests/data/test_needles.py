@@ -577,7 +577,8 @@ def test_glimpses_show_a_needle_as_it_appears_ends_and_is_gone():
         for showing in scene.showings
         for second in range(showing.start, showing.stop)
     }
-    drawn = [glimpses.draw(rng, scenes, NAMES, "reel.mp4") for _ in range(200)]
+    reel = glimpses.Reel(scenes, "reel.mp4")
+    drawn = [glimpses.draw(rng, reel, NAMES) for _ in range(200)]
     for item in filter(None, drawn):
         seconds = [int(time) for time in item["frame_times"]]
         assert len(set(seconds)) == glimpses.FRAMES and seconds == sorted(seconds)

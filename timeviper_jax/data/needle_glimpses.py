@@ -19,48 +19,55 @@ FRAMES = 8
 _KINDS = {"when": 0.5, "mcq": 0.3, "what": 0.1, "first": 0.1}
 
 
+class Reel:
+    """A file of many scenes, and when it shows something."""
+
+    def __init__(self, scenes: Sequence[Scene], image: str):
+        self.image, self.length = image, scenes[-1].stop
+        self.scenes = [scene for scene in scenes if scene.showings]
+        self.shows = np.zeros(self.length + 1, bool)
+        for scene in self.scenes:
+            for showing in scene.showings:
+                self.shows[showing.start : showing.stop] = True
+        # There is no second after the last one: nobody can see a needle end there.
+        self.shows[self.length] = True
+        self.empty = np.flatnonzero(~self.shows)
+
+
 def draw(
-    rng: np.random.Generator,
-    scenes: Sequence[Scene],
-    names: tuple[str, ...],
-    image: str,
+    rng: np.random.Generator, reel: Reel, names: tuple[str, ...]
 ) -> dict[str, Any] | None:
-    """One item about a reel of these scenes; None if the draw cannot be asked about."""
-    length = scenes[-1].stop
-    showings = _draw_showings(rng, scenes, int(rng.integers(1, 3)))
-    kind = str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
-    whole = Scene(start=0, length=length, showings=showings)
-    asked = questions.ask_one(rng, whole, kind, names)
-    if asked is None or any(showing.stop >= length for showing in showings):
+    """One item about a reel; None if what was drawn cannot be asked about."""
+    showings = _draw_showings(rng, reel, int(rng.integers(1, 3)))
+    if any(reel.shows[showing.stop] for showing in showings):
         return None
-    item = questions.item(whole, asked, image)
+    kind = str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
+    whole = Scene(start=0, length=reel.length, showings=showings)
+    asked = questions.ask_one(rng, whole, kind, names)
+    if asked is None:
+        return None
+    item = questions.item(whole, asked, reel.image)
     del item["video_start"], item["video_end"]
-    times = _times(rng, scenes, showings)
-    item["frame_times"] = [second + 0.5 for second in times]
+    item["frame_times"] = [t + 0.5 for t in _times(rng, reel, showings)]
     item["needle"] |= {"frames": FRAMES, "split": "train"}
     return item
 
 
 def _draw_showings(
-    rng: np.random.Generator, scenes: Sequence[Scene], count: int
+    rng: np.random.Generator, reel: Reel, count: int
 ) -> tuple[Showing, ...]:
     """Showings from different scenes, in order of time."""
-    chosen = rng.choice(len(scenes), min(count, len(scenes)), replace=False)
-    showings = [scenes[i].showings for i in sorted(chosen) if scenes[i].showings]
+    count = min(count, len(reel.scenes))
+    chosen = sorted(rng.choice(len(reel.scenes), count, replace=False))
+    showings = [reel.scenes[i].showings for i in chosen]
     return tuple(some[rng.integers(len(some))] for some in showings)
 
 
 def _times(
-    rng: np.random.Generator, scenes: Sequence[Scene], showings: Sequence[Showing]
+    rng: np.random.Generator, reel: Reel, showings: Sequence[Showing]
 ) -> list[int]:
     """The seconds that are looked at: around the needles, and where nothing is."""
     times = {t for s in showings for t in (s.start, s.stop - 1, s.stop)}
-    shown = {
-        second
-        for scene in scenes
-        for showing in scene.showings
-        for second in range(showing.start, showing.stop)
-    }
-    empty = np.setdiff1d(np.arange(scenes[-1].stop), list(shown | times))
-    more = rng.choice(empty, FRAMES - len(times), replace=False)
-    return sorted({*times, *map(int, more)})
+    while len(times) < FRAMES:
+        times.add(int(rng.choice(reel.empty)))
+    return sorted(times)

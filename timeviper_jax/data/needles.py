@@ -287,12 +287,11 @@ def _write_glimpses(reels: list[File], cfg: NeedlesConfig, out: pathlib.Path) ->
     path = out / f"{GLIMPSES}.jsonl"
     if path.exists():
         return
-    plans = [plan(file, cfg) for file in reels]
+    reels = [glimpses.Reel(plan(file, cfg), file.path) for file in reels]
     rng = np.random.default_rng([cfg.seed, 3])
     items = []
     while len(items) < cfg.train_glimpses:
-        i = int(rng.integers(len(reels)))
-        item = glimpses.draw(rng, plans[i], sources.NAMES, reels[i].path)
+        item = glimpses.draw(rng, reels[rng.integers(len(reels))], sources.NAMES)
         if item is not None:
             items.append(item | {"id": f"{GLIMPSES}/{len(items)}"})
     _write(path, "".join(json.dumps(item) + "\n" for item in items))
