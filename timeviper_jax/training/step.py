@@ -75,7 +75,7 @@ def make_train_step(
         count = jnp.maximum(means["loss"].count, 1)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        means["grad_norm"] = Mean.single(optax.global_norm(grads))
+        means["grad_norm"] = Mean.single(optax.tree.norm(grads))
         state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
