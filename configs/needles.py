@@ -104,7 +104,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             tokenizer="bytes",
             encode_batch=32,
         )
-        # Bytes of the words' beginnings must differ.
+        # To a tokenizer of bytes, words must differ in their last one.
         c.stages.warmup.task.words = tuple("0123456789x")
         c.stages.warmup.update(steps=4, batch_size=8)
         c.stages.scenes.update(steps=4, batch_size=2)

@@ -37,10 +37,10 @@ class FrameTask:
     reads = r"^(vision|projector|llm/embed)/"
 
     def objective(self, tokenizer: Tokenizer) -> Objective:
-        ids = tuple(tokenizer.encode(f" {word}")[0] for word in self.words)
+        ids = tuple(tokenizer.encode(f" {word}")[-1] for word in self.words)
         if len(set(ids)) < len(ids):
             raise ValueError(
-                f"words={self.words} begin with the tokens {ids}; they must differ."
+                f"words={self.words} end in the tokens {ids}; they must differ."
             )
         return functools.partial(loss.frame_objective, words=ids)
 
