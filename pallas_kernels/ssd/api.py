@@ -72,7 +72,7 @@ def ssd(
 
     B, _, N, P = x.shape
     if initial_state is None:
-        initial_state = jnp.zeros((B, N, P, b.shape[-1]))
+        initial_state = jnp.zeros((B, N, P, b.shape[-1]), jnp.float32)
     starts = None if segment_ids is None else segment_starts(segment_ids)
     wide = _accumulator(x, dt, a, b, c, initial_state)
     y, state = run[name](*wide, starts)
