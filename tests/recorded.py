@@ -68,7 +68,7 @@ def whole_model(
     load_params(
         model.vision,
         under("vision_backbone.featurizer.", published),
-        timm_vit_rules(VIT.num_heads),
+        timm_vit_rules(VIT.num_heads, VIT.patch_size),
         ignore=timm_vit_unused(VIT.depth),
     )
     load_params(model.projector, under("projector.", published), PROJECTOR_RULES)

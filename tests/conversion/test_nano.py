@@ -8,7 +8,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from timeviper_jax.conversion.load import load_params
+from timeviper_jax.conversion.load import load_params, save_params
 from timeviper_jax.conversion.nano import (
     config_from_json,
     nano_rules,
@@ -142,6 +142,15 @@ def test_every_tensor_of_every_layer_has_its_place(published):
     tensors, lm = published
     sizes = [p.size for _, p in nnx.to_flat_state(nnx.state(lm))]
     assert sum(sizes) == sum(tensor.size for tensor in tensors.values())
+
+
+def test_every_tensor_comes_back_to_the_byte(published):
+    tensors, lm = published
+    saved = save_params(lm, nano_rules(lm.cfg))
+    assert sorted(saved) == sorted(tensors)
+    for name, tensor in tensors.items():
+        assert saved[name].dtype == tensor.dtype, name
+        assert saved[name].tobytes() == tensor.tobytes(), name
 
 
 def test_fused_tensors_come_apart(published):

@@ -47,7 +47,8 @@ def _abstract(cfg):
 def _loaded(cfg, params):
     vit = _abstract(cfg)
     unused = timm_vit_unused(cfg.depth)
-    load_params(vit, params, timm_vit_rules(cfg.num_heads), ignore=unused)
+    rules = timm_vit_rules(cfg.num_heads, cfg.patch_size)
+    load_params(vit, params, rules, ignore=unused)
     return vit
 
 

@@ -4,15 +4,13 @@ The release numbers layers through the whole stack; ours are stacked by kind, an
 `HybridConfig.layers` says which is which.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
-from einops import rearrange
-
-from timeviper_jax.conversion.load import Rule
+from timeviper_jax.conversion.rules import Cut, Rule
 from timeviper_jax.llm.hybrid import HybridConfig
 from timeviper_jax.llm.transv import Stage
 
@@ -109,98 +107,87 @@ def stages_from_release(pdrop_type: str, merge_module: str) -> tuple[Stage, ...]
 
 
 def nano_rules(cfg: HybridConfig) -> tuple[Rule, ...]:
-    """`backbone.*` and `lm_head` -> llm/hybrid.py."""
-    of_kind = dict(mamba=_mamba_rules, attention=_attention_rules, mlp=_mlp_rules)
+    """`backbone.*` and `lm_head` <-> llm/hybrid.py."""
+    of_kind = dict(mamba=_mamba_rules, attention=attention_rules, mlp=_mlp_rules)
     rules = [
-        (r"backbone\.embeddings\.weight", "embed/embedding", np.asarray),
-        (r"backbone\.norm_f\.weight", "norm/scale", np.asarray),
-        (r"lm_head\.weight", "head/kernel", np.transpose),
+        Rule(r"backbone\.embeddings\.weight", "embed/embedding"),
+        Rule(r"backbone\.norm_f\.weight", "norm/scale"),
+        Rule(r"lm_head\.weight", "head/kernel", "V D -> D V"),
     ]
     for number, (kind, index) in enumerate(cfg.layers):
-        layer = rf"backbone\.layers\.{number}"
-        norm = (rf"{layer}\.norm\.weight", f"{kind}/norm/scale[{index}]", np.asarray)
-        rules += [norm, *_under(rf"{layer}\.mixer\.", kind, index, of_kind[kind](cfg))]
+        layer, at = rf"backbone\.layers\.{number}\.", f"[{index}]"
+        rules.append(Rule(rf"{layer}norm\.weight", f"{kind}/norm/scale{at}"))
+        rules += under(rf"{layer}mixer\.", f"{kind}/mixer/", of_kind[kind](cfg), at)
     return (*rules, *_transfer_rules(cfg))
 
 
-def _under(prefix: str, kind: str, index: int, rules: list[Rule]) -> list[Rule]:
-    """A mixer's rules at one layer's place."""
+def under(name: str, path: str, rules: Iterable[Rule], at: str = "") -> list[Rule]:
+    """Rules of a part, put where it stands: behind prefixes, at one layer's place."""
     return [
-        (prefix + pattern, f"{kind}/mixer/{path}[{index}]", transform)
-        for pattern, path, transform in rules
+        dataclasses.replace(rule, name=name + rule.name, path=path + rule.path + at)
+        for rule in rules
     ]
 
 
 def _mamba_rules(cfg: HybridConfig) -> list[Rule]:
     inner, group = cfg.mamba.inner_dim, cfg.mamba.group_dim
-    parts = dict(z=inner, x=inner, b=group, c=group, dt=cfg.ssm_heads)
-    in_proj = [
-        (r"in_proj\.weight", f"in_{name}/kernel", lambda w, rows=rows: w[rows].T)
-        for name, rows in _rows(parts).items()
-    ]
-    del parts["z"], parts["dt"]
-    conv = [
-        rule
-        for name, rows in _rows(parts).items()
-        for rule in (
-            (
-                r"conv1d\.weight",
-                f"conv_{name}/kernel",
-                lambda w, rows=rows: w[rows, 0].T,
-            ),
-            (r"conv1d\.bias", f"conv_{name}/bias", lambda b, rows=rows: b[rows]),
-        )
-    ]
+    conv = _cuts(dict(x=inner, b=group, c=group))
+    fused = _cuts(dict(z=inner, x=inner, b=group, c=group, dt=cfg.ssm_heads))
     return [
-        *in_proj,
-        *conv,
-        (r"dt_bias", "dt_bias", np.asarray),
-        (r"A_log", "a_log", np.asarray),
-        (r"D", "d", np.asarray),
-        (r"norm\.weight", "norm/scale", np.asarray),
-        (r"out_proj\.weight", "out/kernel", np.transpose),
+        *(
+            Rule(r"in_proj\.weight", f"in_{name}/kernel", "X D -> D X", cut=cut)
+            for name, cut in fused.items()
+        ),
+        *(
+            Rule(r"conv1d\.weight", f"conv_{name}/kernel", "X 1 W -> W X", cut=cut)
+            for name, cut in conv.items()
+        ),
+        *(
+            Rule(r"conv1d\.bias", f"conv_{name}/bias", cut=cut)
+            for name, cut in conv.items()
+        ),
+        Rule(r"dt_bias", "dt_bias"),
+        Rule(r"A_log", "a_log"),
+        Rule(r"D", "d"),
+        Rule(r"norm\.weight", "norm/scale"),
+        Rule(r"out_proj\.weight", "out/kernel", "D X -> X D"),
     ]
 
 
-def _rows(widths: Mapping[str, int]) -> dict[str, slice]:
+def _cuts(widths: Mapping[str, int]) -> dict[str, Cut]:
     """Where each part of a fused matrix lies."""
-    edges = accumulate(widths.values(), initial=0)
+    edges = list(accumulate(widths.values(), initial=0))
     return {
-        name: slice(*edge) for name, edge in zip(widths, pairwise(edges), strict=True)
+        name: Cut(*edge, edges[-1])
+        for name, edge in zip(widths, pairwise(edges), strict=True)
     }
 
 
-def _attention_rules(cfg: HybridConfig) -> list[Rule]:
+def attention_rules(cfg: HybridConfig) -> list[Rule]:
+    """Four matrices that are stored with their heads in one axis."""
     heads = dict(q=cfg.num_heads, k=cfg.num_kv_heads, v=cfg.num_kv_heads)
     split = [
-        (
-            rf"{name}_proj\.weight",
-            f"{name}/kernel",
-            lambda w, n=n: rearrange(w, "(N H) D -> D N H", N=n),
-        )
-        for name, n in heads.items()
+        Rule(rf"{x}_proj\.weight", f"{x}/kernel", "(N H) D -> D N H", dict(N=n))
+        for x, n in heads.items()
     ]
-    merge = lambda w: rearrange(w, "D (N H) -> N H D", N=cfg.num_heads)
-    return [*split, (r"o_proj\.weight", "out/kernel", merge)]
+    merge = dict(N=cfg.num_heads)
+    return [*split, Rule(r"o_proj\.weight", "out/kernel", "D (N H) -> N H D", merge)]
 
 
 def _mlp_rules(cfg: HybridConfig) -> list[Rule]:
     return [
-        (r"up_proj\.weight", "up/kernel", np.transpose),
-        (r"down_proj\.weight", "down/kernel", np.transpose),
+        Rule(r"up_proj\.weight", "up/kernel", "M D -> D M"),
+        Rule(r"down_proj\.weight", "down/kernel", "D M -> M D"),
     ]
 
 
 def _transfer_rules(cfg: HybridConfig) -> list[Rule]:
     """The release numbers merge modules by stage, and alpha by transfer."""
-    transferring = [i for i, stage in enumerate(cfg.transv) if stage.transfer]
+    stages = [i for i, stage in enumerate(cfg.transv) if stage.transfer]
     rules = []
-    for index, stage in enumerate(transferring):
-        module = rf"backbone\.merge_modules\.{stage}\."
-        rules += [
-            (module + pattern, f"transv/{index}/{path}", transform)
-            for pattern, path, transform in _attention_rules(cfg)
-        ]
-        gate = lambda alpha, index=index: alpha[index, ...]  # An array, not a number.
-        rules.append((r"backbone\.alpha", f"transv/{index}/alpha", gate))
+    for index, stage in enumerate(stages):
+        module, path = rf"backbone\.merge_modules\.{stage}\.", f"transv/{index}/"
+        gate = Cut(index, index + 1, len(stages))
+        rules += under(module, path, attention_rules(cfg))
+        rules.append(Rule(r"backbone\.alpha", f"{path}alpha", "1 ->", cut=gate))
     return rules
