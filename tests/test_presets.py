@@ -1,5 +1,6 @@
 """The presets: published sizes to the last parameter, and small ones that hold."""
 
+import dataclasses
 import math
 
 import jax
@@ -22,10 +23,26 @@ def _sizes(module: nnx.Module) -> dict[str, int]:
     return sizes
 
 
-def test_nano_9b_has_the_published_parameters():
+@pytest.mark.parametrize(
+    "preset, parameters",
+    [
+        ("nano_9b", 8_888_227_328),
+        ("nano_12b", 12_310_001_152),
+        ("nemotron_h_8b", 8_100_852_736),
+        ("qwen2_1_5b", 1_543_714_304),
+        ("qwen2_3b", 3_085_938_688),
+        ("qwen2_7b", 7_615_616_512),
+    ],
+)
+def test_language_models_have_the_published_parameters(preset, parameters):
+    cfg = dataclasses.replace(PRESETS[preset].llm, transv=())
+    sizes = _sizes(nnx.eval_shape(lambda: HybridLM(cfg, rngs=nnx.Rngs(0))))
+    assert sum(sizes.values()) == parameters
+
+
+def test_nano_9b_transfers_have_the_published_parameters():
     sizes = _sizes(nnx.eval_shape(lambda: HybridLM(NANO_9B, rngs=nnx.Rngs(0))))
     transfers = sizes.pop("transv")
-    assert sum(sizes.values()) == 8_888_227_328
     # Each stage: q and out of 40 heads, k and v of 8, 128 wide, and the gate.
     assert transfers == 2 * (4480 * 128 * (2 * 40 + 2 * 8) + 1) == 2 * 55_050_241
 
@@ -42,6 +59,20 @@ def test_nano_9b_is_the_published_stack():
     assert removed == (364, 182, 91, 46, 23, 7)
     beyond_the_paper = (preset.time_digits, preset.normalise_vision, NANO_9B.log_base)
     assert not any(beyond_the_paper)
+
+
+@pytest.mark.parametrize(
+    "preset, layers, attention",
+    [
+        ("nano_12b", 62, [7, 16, 25, 34, 43, 52]),
+        ("nemotron_h_8b", 52, [7, 18, 29, 40]),
+        ("qwen2_3b", 72, list(range(0, 72, 2))),
+    ],
+)
+def test_attention_stands_where_it_is_published(preset, layers, attention):
+    kinds = [kind for kind, _ in PRESETS[preset].llm.layers]
+    assert len(kinds) == layers
+    assert [i for i, kind in enumerate(kinds) if kind == "attention"] == attention
 
 
 @pytest.mark.parametrize("name", PRESETS)

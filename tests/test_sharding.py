@@ -10,9 +10,16 @@ from timeviper_jax import sharding
 from timeviper_jax.presets import PRESETS
 from timeviper_jax.timeviper import TimeViper
 
-# Those of the pods that the 9B is meant for, and the eight devices of the tests.
+# Those of the pods that large models are meant for, and the eight devices of the tests.
+_PODS = [(1, 64, 1, 1), (1, 8, 8, 1), (4, 16, 4, 1), (1, 4, 1, 16)]
+_FEW_KV_HEADS = [(1, 64, 1, 1), (1, 32, 2, 1), (4, 8, 2, 1), (1, 4, 1, 16)]
 MESHES = {
-    "nano_9b": [(1, 64, 1, 1), (1, 8, 8, 1), (4, 16, 4, 1), (1, 4, 1, 16)],
+    "nano_9b": _PODS,
+    "nano_12b": _PODS,
+    "nemotron_h_8b": _PODS,
+    "qwen2_1_5b": _FEW_KV_HEADS,
+    "qwen2_3b": _FEW_KV_HEADS,
+    "qwen2_7b": _FEW_KV_HEADS,
     "small": [(1, 8, 1, 1), (1, 4, 2, 1), (8, 1, 1, 1)],
     "tiny": [(1, 8, 1, 1), (1, 4, 2, 1), (8, 1, 1, 1)],
 }

@@ -37,6 +37,19 @@ LM = HybridConfig(
     ssm_state=8,
     chunk_size=8,
 )
+# The plain transformer of the same width: positions, biases, gates.
+QWEN = HybridConfig(
+    pattern="*-*-",
+    vocab_size=29,
+    embed_dim=24,
+    mlp_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=100.0,
+    qkv_bias=True,
+    gated_mlp=True,
+)
 
 
 def build(create: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:

@@ -1,4 +1,10 @@
-"""Sizes of the models, by name. Everything else about a run is in its config."""
+"""Sizes of the models, by name. Everything else about a run is in its config.
+
+Qwen2 and Qwen2.5 have the same sizes, and so have a base model and its instruct one;
+there is no 3B of Qwen2. A checkpoint's own config.json goes before all of this.
+"""
+
+import dataclasses
 
 from timeviper_jax.llm.hybrid import HybridConfig
 from timeviper_jax.llm.transv import Stage
@@ -32,6 +38,64 @@ NANO_9B = HybridConfig(
     rolled=True,
     dtype="bfloat16",
 )
+
+NANO_12B = dataclasses.replace(
+    NANO_9B,
+    pattern="M-M-M-M*" + 5 * "-M-M-M-M*" + "-M-M-M-M-",
+    embed_dim=5120,
+    mlp_dim=20_480,
+    transv=(),  # The paper names no layers for it; the 9B's do not all attend here.
+)
+
+NEMOTRON_H_8B = dataclasses.replace(
+    NANO_12B,
+    pattern="M-M-M-M*" + 3 * "-M-M-M-M-M*" + "-M-M-M-M-M-",
+    embed_dim=4096,
+    mlp_dim=21_504,
+    num_heads=32,
+    ssm_head_dim=64,
+)
+
+QWEN2_7B = HybridConfig(
+    pattern=28 * "*-",
+    vocab_size=152_064,
+    embed_dim=3584,
+    mlp_dim=18_944,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    qkv_bias=True,
+    gated_mlp=True,
+    rolled=True,
+    dtype="bfloat16",
+)
+
+QWEN2_3B = dataclasses.replace(
+    QWEN2_7B,
+    pattern=36 * "*-",
+    vocab_size=151_936,
+    embed_dim=2048,
+    mlp_dim=11_008,
+    num_heads=16,
+    num_kv_heads=2,
+    tied=True,
+)
+
+QWEN2_1_5B = dataclasses.replace(
+    QWEN2_3B, pattern=28 * "*-", embed_dim=1536, mlp_dim=8960, num_heads=12
+)
+
+
+def _published(llm: HybridConfig) -> TimeViperConfig:
+    """A published language model behind the paper's encoder."""
+    return TimeViperConfig(
+        vision=SIGLIP_SO400M_384,
+        projector=ProjectorConfig(vision_dim=1152, llm_dim=llm.embed_dim),
+        llm=llm,
+    )
+
 
 _TINY_LLM = HybridConfig(
     pattern="M-M*-M*-",
@@ -90,9 +154,10 @@ PRESETS = {
         time_digits=5,
         normalise_vision=True,
     ),
-    "nano_9b": TimeViperConfig(
-        vision=SIGLIP_SO400M_384,
-        projector=ProjectorConfig(vision_dim=1152, llm_dim=4480),
-        llm=NANO_9B,
-    ),
+    "nano_9b": _published(NANO_9B),
+    "nano_12b": _published(NANO_12B),
+    "nemotron_h_8b": _published(NEMOTRON_H_8B),
+    "qwen2_1_5b": _published(QWEN2_1_5B),
+    "qwen2_3b": _published(QWEN2_3B),
+    "qwen2_7b": _published(QWEN2_7B),
 }

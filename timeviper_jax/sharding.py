@@ -28,7 +28,8 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     # Stacked on a leading axis of layers.
     (r"llm/attention/mixer/[qkv]/kernel", P(None, None, "tensor", "fsdp")),  # D N H
     (r"llm/attention/mixer/out/kernel", P(None, "tensor", "fsdp", None)),  # N H D
-    (r"llm/mlp/mixer/up/kernel", P(None, None, _SPLIT)),  # D M
+    (r"llm/attention/mixer/[qkv]/bias", P(None, "tensor", "fsdp")),  # N H
+    (r"llm/mlp/mixer/(up|gate)/kernel", P(None, None, _SPLIT)),  # D M
     (r"llm/mlp/mixer/down/kernel", P(None, _SPLIT, None)),  # M D
     (r"llm/mamba/mixer/in_[zxbc]/kernel", P(None, None, _SPLIT)),
     (r"llm/mamba/mixer/out/kernel", P(None, _SPLIT, None)),
@@ -49,6 +50,7 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"llm/head/kernel", P(None, _SPLIT)),  # D vocab
     (r"llm/norm/scale", P()),
     (r"llm/transv/\d+/[qkv]/kernel", P(None, "tensor", "fsdp")),
+    (r"llm/transv/\d+/[qkv]/bias", P("tensor", "fsdp")),
     (r"llm/transv/\d+/out/kernel", P("tensor", "fsdp", None)),
     (r"llm/transv/\d+/alpha", P()),
     (r"projector/layers/\d+/kernel", P("fsdp", "tensor")),

@@ -17,25 +17,37 @@ import safetensors.numpy
 HERE = pathlib.Path(__file__).parent
 
 _EVERYTHING = ("*",)
-_FORWARD_AND_DECODE = ("param.*", "grad.*", "in.*", "out.[!m]*")  # Not out.mixer.
-_INFERENCE = ("param.*", "in.*", "out.eval.*", "out.decode.*", "out.prefill.*")
+_FORWARD_AND_DECODE = ("param.*", "in.*", "out.[!m]*")  # Not out.mixer.
+# Of the gradients those of what TransV changes, and of one block of each kind.
+_SOME_GRADIENTS = (
+    *("grad.in.*", "grad.*alpha", "grad.*merge_modules.*", "grad.*norm*"),
+    "grad.*layers.[1237].*",
+)
+_TRANSV = (
+    *("param.*", "in.*", "out.eval.*", "out.decode.*", *_SOME_GRADIENTS),
+    *("out.train.l*", "out.train.trace.*.kept"),
+)
 # The encoder's last block, final norm and pool never reach the language model.
 _FROM_PIXELS = (
     *("in.*", "out.*", "param.llm_backbone.*", "param.projector.*"),
     "param.vision_backbone.featurizer.p*",
     "param.vision_backbone.featurizer.blocks.[012].*",
 )
+_FROM_VISUAL_EMBEDDINGS = ("in.input_ids", "out.*", "param.llm_backbone.*")
 
 # Case -> patterns of the keys to keep.
 CASES: dict[str, tuple[str, ...]] = {
-    "nano_plain_g2": _FORWARD_AND_DECODE,
-    "nano_plain_g1_chunk16": _FORWARD_AND_DECODE,
-    "nano_plain_headdim24": _FORWARD_AND_DECODE,
+    "nano_plain_g2": (*_FORWARD_AND_DECODE, "grad.*"),
+    "nano_plain_g1_chunk16": (*_FORWARD_AND_DECODE, *_SOME_GRADIENTS),
+    "nano_plain_headdim24": (*_FORWARD_AND_DECODE, *_SOME_GRADIENTS),
     "nano_mixer_modules": _EVERYTHING,
-    "nano_pdrop_uni_attn_ca": _INFERENCE,
-    "nano_pdrop_4stage_ca": _INFERENCE,
-    "nano_pdrop_uni_layer0_ca": (*_INFERENCE, "grad.*", "out.train.l*"),
-    "nano_packed_nopdrop": _EVERYTHING,
+    "nano_pdrop_uni_attn_ca": _TRANSV,
+    "nano_pdrop_4stage_ca": _TRANSV,
+    "nano_pdrop_uni_layer0_ca": _TRANSV,
+    "nano_packed_nopdrop": ("param.*", "in.*", "out.*", *_SOME_GRADIENTS),
+    "nano_packed_pdrop_ca": ("param.*", "in.*", "out.*", *_SOME_GRADIENTS),
+    "qwen2_plain": (*_FORWARD_AND_DECODE, "grad.*"),
+    "qwen2_pdrop_uni_uni_ca": _TRANSV,
     "tome_17_to16": _EVERYTHING,
     "tome_256x128_to16": _EVERYTHING,
     "tome_36x64_to4": _EVERYTHING,
@@ -44,8 +56,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "projector_multi": ("in.a", "out.single_mlp", "param.single.*"),
     "vit_siglip_so400m_tiny": _EVERYTHING,
     "preproc_siglip-vit-so400m-384px_resize-naive": _EVERYTHING,
-    "vlm_nano_generate_plain": _FROM_PIXELS,
+    "vlm_nano_generate_plain": _FROM_VISUAL_EMBEDDINGS,
     "vlm_nano_generate_pdrop": _FROM_PIXELS,
+    "vlm_nano_train_packed": (*_FROM_PIXELS, "grad.projector.*", *_SOME_GRADIENTS),
+    "vlm_qwen2_generate_plain": _FROM_VISUAL_EMBEDDINGS,
 }
 TABLES = ("rounding_tables.json",)
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+import recorded
 from flax import nnx
 from golden_cases import load, under
 
 from timeviper_jax.conversion.load import load_params
-from timeviper_jax.conversion.nano import config_from_json, nano_rules
 from timeviper_jax.data.conversation import EncodedText
 from timeviper_jax.data.examples import Example, Role
 from timeviper_jax.inference.sampling import Decoding
@@ -24,7 +24,9 @@ RECORDED = dict(atol=2e-5, rtol=0)  # In float32 by other arithmetic.
 
 def recorded_model(description: dict, tensors: dict) -> TimeViper:
     """The recorded language model, behind an encoder and projector of any weights."""
-    llm = dataclasses.replace(config_from_json(description["config"]), rolled=True)
+    llm = dataclasses.replace(
+        recorded.config_from_json(description["config"]), rolled=True
+    )
     cfg = dataclasses.replace(
         PRESETS["tiny"],
         llm=llm,
@@ -37,7 +39,7 @@ def recorded_model(description: dict, tensors: dict) -> TimeViper:
         if path[0] != "llm"
     }
     nnx.update(model, nnx.from_flat_state(list(unused.items())))
-    load_params(model.llm, tensors, nano_rules(llm))
+    load_params(model.llm, tensors, recorded.rules(llm))
     return model
 
 

@@ -13,7 +13,6 @@ import tiny
 from flax import nnx
 from golden_cases import load, under
 
-from timeviper_jax.conversion.nano import config_from_json
 from timeviper_jax.data.examples import Role
 from timeviper_jax.layers.layout import Layout
 from timeviper_jax.llm.hybrid import HybridLM
@@ -52,11 +51,12 @@ def _loss(lm, inputs, segment_ids, labels, samples):
         ("nano_plain_g1_chunk16", 1),
         ("nano_plain_headdim24", 1),
         ("nano_packed_nopdrop", 3),
+        ("qwen2_plain", 1),
     ],
 )
 def test_recorded_forward_and_gradients(case, samples):
     description, arrays = load(case)
-    cfg = config_from_json(description["config"])
+    cfg = recorded.config_from_json(description["config"])
     lm = recorded.language_model(cfg, under("param.", arrays))
     labels = arrays["in.labels"].astype(np.int32)
     if samples > 1:
@@ -67,22 +67,24 @@ def test_recorded_forward_and_gradients(case, samples):
     grads, (loss, logits, output) = tiny.quick_jit(run)(
         lm, jnp.asarray(inputs), jnp.asarray(segment_ids), labels
     )
-    hidden = under("out.hidden.", arrays)
     np.testing.assert_allclose(loss, arrays["out.loss"], **RECORDED)
     np.testing.assert_allclose(logits, arrays["out.logits"], **RECORDED)
-    np.testing.assert_allclose(output.hidden, hidden.pop(max(hidden)), **RECORDED)
-    for (before, mixed), key, after in zip(
-        output.layers, sorted(hidden), [*sorted(hidden)[1:], None], strict=True
-    ):
-        np.testing.assert_allclose(before, hidden[key], **RECORDED)
-        if after:
-            np.testing.assert_allclose(mixed, hidden[after] - hidden[key], **RECORDED)
+    hidden = [array for _, array in sorted(under("out.hidden.", arrays).items())]
+    np.testing.assert_allclose(output.hidden, hidden.pop(), **RECORDED)
+    blocks = len(output.layers) // len(hidden)  # Of ours in one of theirs.
+    after = [*hidden[1:], None]
+    for i, (want, end) in enumerate(zip(hidden, after, strict=True)):
+        mine = output.layers[i * blocks :][:blocks]
+        np.testing.assert_allclose(mine[0][0], want, **RECORDED)
+        if end is not None:
+            mixed = sum(mixed for _, mixed in mine)
+            np.testing.assert_allclose(mixed, end - want, **RECORDED)
     recorded.assert_close_in_scale(grads, recorded.gradients(cfg, arrays))
 
 
 def test_recorded_modules_alone():
     description, arrays = load("nano_mixer_modules")
-    cfg = config_from_json(description["config"])
+    cfg = recorded.config_from_json(description["config"])
     lm = recorded.language_model(cfg, under("param.", arrays))
 
     def run(lm, u, y, gate, text, dropped):
@@ -225,29 +227,37 @@ def test_a_cache_continues_ragged_rows_from_any_cut(rolled):
             np.testing.assert_allclose(got, want, **FLOAT32)
 
 
-def test_recorded_states_and_greedy_tokens():
-    description, arrays = load("nano_plain_g2")
-    cfg = config_from_json(description["config"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "nano_plain_g2",
+        "qwen2_plain",
+        pytest.param("nano_plain_g1_chunk16", marks=pytest.mark.slow),
+        pytest.param("nano_plain_headdim24", marks=pytest.mark.slow),
+    ],
+)
+def test_recorded_states_and_greedy_tokens(case):
+    description, arrays = load(case)
+    cfg = recorded.config_from_json(description["config"])
+    cfg = dataclasses.replace(cfg, rolled=True)
     lm = recorded.language_model(cfg, under("param.", arrays))
-    span = (0, len(lm.cfg.pattern))
     length = description["decode_prompt_len"]
     prompt = jnp.asarray(arrays["in.input_ids"][:, :length], jnp.int32)
 
-    def call(lm, tokens, cache):
-        layout = _layout(tokens >= 0)
-        hidden, cache, _ = lm.run(lm.embed(tokens), layout, span, cache)
-        return lm.logits(lm.norm(hidden[:, -1:]))[:, 0], cache
+    def call(lm, tokens, caches):
+        hidden, caches = lm.extend(lm.embed(tokens), tokens * 0 + 1, caches)
+        return lm.logits(hidden[:, -1:])[:, 0], caches
 
     def generate(lm, prompt):
         def step(carry, _):
-            logits, cache = carry
+            logits, caches = carry
             token = jnp.argmax(logits, axis=-1)
-            return call(lm, token[:, None], cache), (token[0], logits[0])
+            return call(lm, token[:, None], caches), (token[0], logits[0])
 
-        first = call(lm, prompt, lm.init_cache(span, 1, length + 16))
+        first = call(lm, prompt, lm.init_caches(1, length + 16))
         return first[1], jax.lax.scan(step, first, length=16)[1]
 
-    cache, (tokens, logits) = tiny.quick_jit(generate)(lm, prompt)
+    (cache,), (tokens, logits) = tiny.quick_jit(generate)(lm, prompt)
     np.testing.assert_array_equal(tokens, arrays["out.decode.tokens"])
     np.testing.assert_allclose(logits, arrays["out.decode.logits"], **RECORDED)
     conv = jnp.concatenate(

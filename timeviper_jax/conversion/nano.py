@@ -5,10 +5,11 @@ The release numbers layers through the whole stack; ours are stacked by kind, an
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Literal
 
 from timeviper_jax.conversion.rules import Cut, Rule
 from timeviper_jax.llm.hybrid import HybridConfig
@@ -54,36 +55,76 @@ _STAGE_TYPES = {
 }
 
 
-def config_from_json(config: Mapping[str, Any]) -> HybridConfig:
-    """The model that a `config.json` describes. Dtypes are left at their defaults."""
-    missing = sorted({name for name in _FIELDS.values() if name not in config})
-    if missing:
-        raise ValueError(f"config.json lacks {missing}; is it of this family?")
-    for name, value in _FIXED.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{name}={config[name]!r} is not supported, only {value}.")
+def config_from_json(
+    config: Mapping[str, Any],
+    *,
+    dt_from: Literal["time_step_limit", "time_step_min"] = "time_step_limit",
+) -> HybridConfig:
+    """The model that a `config.json` describes. Dtypes are left at their defaults.
+
+    `dt_from` says which field bounds dt after softplus: the release clips it to
+    `time_step_limit`, Hugging Face's own class below at `time_step_min`.
+
+    Raises:
+      ValueError: Something is missing, is said twice differently, or is not built here.
+    """
+    check_present(config, _FIELDS.values())
+    check_fixed(config, _FIXED)
     pattern = config["hybrid_override_pattern"]
     if config.get("num_hidden_layers", len(pattern)) != len(pattern):
         raise ValueError(
             f"{config['num_hidden_layers']} layers and a pattern of {len(pattern)},"
             f" {pattern!r}; mend config.json."
         )
-    low, high = config.get("time_step_limit", (0.0, float("inf")))
     return HybridConfig(
         **{ours: config[theirs] for ours, theirs in _FIELDS.items()},
-        dt_limit=(float(low), float(high)),
-        transv=_stages(config),
+        dt_limit=_dt_limit(config, dt_from),
+        transv=read_stages(config),
     )
 
 
-def _stages(config: Mapping[str, Any]) -> tuple[Stage, ...]:
+def _dt_limit(config: Mapping[str, Any], dt_from: str) -> tuple[float, float]:
+    if dt_from == "time_step_limit":
+        low, high = config.get(dt_from, (0.0, math.inf))
+        return float(low), float(high)
+    if dt_from != "time_step_min":
+        raise ValueError(f"{dt_from=} is not time_step_limit or time_step_min.")
+    check_present(config, [dt_from])
+    return float(config[dt_from]), math.inf
+
+
+def check_present(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises with the names that a `config.json` lacks."""
+    if missing := sorted({name for name in names if name not in config}):
+        raise ValueError(f"config.json lacks {missing}; is it of this family?")
+
+
+def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raises where a `config.json` asks for what is built in one way only."""
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name}={config[name]!r} is not supported, only {value}.")
+
+
+def read_stages(
+    config: Mapping[str, Any], *, blocks_per_layer: int = 1
+) -> tuple[Stage, ...]:
+    """The TransV stages that the release's `config.json` asks for."""
     if not config.get("use_pdrop"):
         return ()
-    return stages_from_release(config["pdrop_type"], config["merge_module"])
+    check_present(config, ["pdrop_type", "merge_module"])
+    return stages_from_release(
+        config["pdrop_type"], config["merge_module"], blocks_per_layer=blocks_per_layer
+    )
 
 
-def stages_from_release(pdrop_type: str, merge_module: str) -> tuple[Stage, ...]:
-    """Reads the release's "uni_7_0.5-attn_39_0.1" with its CrossAttention|no_merge."""
+def stages_from_release(
+    pdrop_type: str, merge_module: str, *, blocks_per_layer: int = 1
+) -> tuple[Stage, ...]:
+    """Reads the release's "uni_7_0.5-attn_39_0.1" with its CrossAttention|no_merge.
+
+    `blocks_per_layer` is how many of our blocks one of its layers is: 2 for Qwen2.
+    """
     if merge_module not in ("CrossAttention", "no_merge"):
         raise ValueError(f"{merge_module=} is not CrossAttention or no_merge.")
     stages = []
@@ -97,7 +138,7 @@ def stages_from_release(pdrop_type: str, merge_module: str) -> tuple[Stage, ...]
         select, transfer = _STAGE_TYPES[match[1]]
         stages.append(
             Stage(
-                layer=int(match[2]),
+                layer=int(match[2]) * blocks_per_layer,
                 keep=float(match[3]),
                 select=select,
                 transfer=transfer and merge_module == "CrossAttention",
@@ -118,7 +159,7 @@ def nano_rules(cfg: HybridConfig) -> tuple[Rule, ...]:
         layer, at = rf"backbone\.layers\.{number}\.", f"[{index}]"
         rules.append(Rule(rf"{layer}norm\.weight", f"{kind}/norm/scale{at}"))
         rules += under(rf"{layer}mixer\.", f"{kind}/mixer/", of_kind[kind](cfg), at)
-    return (*rules, *_transfer_rules(cfg))
+    return (*rules, *transfer_rules(cfg, "backbone"))
 
 
 def under(name: str, path: str, rules: Iterable[Rule], at: str = "") -> list[Rule]:
@@ -164,12 +205,17 @@ def _cuts(widths: Mapping[str, int]) -> dict[str, Cut]:
 
 
 def attention_rules(cfg: HybridConfig) -> list[Rule]:
-    """Four matrices that are stored with their heads in one axis."""
+    """Four matrices, perhaps three biases, stored with their heads in one axis."""
     heads = dict(q=cfg.num_heads, k=cfg.num_kv_heads, v=cfg.num_kv_heads)
     split = [
         Rule(rf"{x}_proj\.weight", f"{x}/kernel", "(N H) D -> D N H", dict(N=n))
         for x, n in heads.items()
     ]
+    if cfg.qkv_bias:
+        split += [
+            Rule(rf"{x}_proj\.bias", f"{x}/bias", "(N H) -> N H", dict(N=n))
+            for x, n in heads.items()
+        ]
     merge = dict(N=cfg.num_heads)
     return [*split, Rule(r"o_proj\.weight", "out/kernel", "D (N H) -> N H D", merge)]
 
@@ -181,13 +227,13 @@ def _mlp_rules(cfg: HybridConfig) -> list[Rule]:
     ]
 
 
-def _transfer_rules(cfg: HybridConfig) -> list[Rule]:
+def transfer_rules(cfg: HybridConfig, root: str) -> list[Rule]:
     """The release numbers merge modules by stage, and alpha by transfer."""
     stages = [i for i, stage in enumerate(cfg.transv) if stage.transfer]
     rules = []
     for index, stage in enumerate(stages):
-        module, path = rf"backbone\.merge_modules\.{stage}\.", f"transv/{index}/"
+        module, path = rf"{root}\.merge_modules\.{stage}\.", f"transv/{index}/"
         gate = Cut(index, index + 1, len(stages))
         rules += under(module, path, attention_rules(cfg))
-        rules.append(Rule(r"backbone\.alpha", f"{path}alpha", "1 ->", cut=gate))
+        rules.append(Rule(rf"{root}\.alpha", f"{path}alpha", "1 ->", cut=gate))
     return rules

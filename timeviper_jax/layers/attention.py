@@ -1,7 +1,9 @@
-"""Grouped-query attention without positions, cached or not.
+"""Grouped-query attention, cached or not, with or without positions.
 
-Nothing tells the layer where a token stands: order comes from the Mamba layers
-around it and from the causal mask.
+Among Mamba layers nothing tells a layer where a token stands: order comes from them
+and from the causal mask. A plain transformer turns queries and keys by it (`rope.py`).
+A token's position is how many tokens of its sample this layer has seen before it, so
+that it follows from what is packed, cached or dropped, and is never passed around.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import attention
 from timeviper_jax.layers.cache import KVCache, Slots
 from timeviper_jax.layers.layout import Layout
+from timeviper_jax.layers.rope import rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,8 @@ class AttentionConfig:
     `log_base` > 0 multiplies the logits by log(n) / log(log_base), where n is the
     number of tokens a query sees, so that attention stays as sharp on sequences
     longer than those trained on (arXiv 2202.12172, section 5); 0 leaves them alone.
+    `rope_theta` > 0 is the base of rotary positions; 0 has none. `bias` is that of
+    queries, keys and values; the output never has one.
     """
 
     embed_dim: int
@@ -31,6 +36,8 @@ class AttentionConfig:
     num_kv_heads: int
     head_dim: int
     log_base: float = 0.0
+    rope_theta: float = 0.0
+    bias: bool = False
     init_std: float = 0.02
     out_std: float = 0.02
     dtype: str = "float32"
@@ -42,32 +49,39 @@ class AttentionConfig:
                 f"num_heads={self.num_heads} must be a multiple of"
                 f" num_kv_heads={self.num_kv_heads}."
             )
+        if self.rope_theta and self.head_dim % 2:
+            raise ValueError(
+                f"Rotary positions turn pairs of channels; head_dim={self.head_dim}"
+                " must be even."
+            )
 
 
 def projections(cfg: AttentionConfig, rngs: nnx.Rngs) -> dict[str, nnx.Einsum]:
-    """The four bias-free matrices of grouped-query attention, by name."""
+    """The four matrices of grouped-query attention, by name."""
     D, N, K, H = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    options = dict(
-        dtype=cfg.dtype,
-        param_dtype=cfg.param_dtype,
-        rngs=rngs,
-    )
-    normal = nnx.initializers.normal(cfg.init_std)
+
+    def make(einsum, shape, std, bias=None):
+        return nnx.Einsum(
+            einsum,
+            shape,
+            bias,
+            kernel_init=nnx.initializers.normal(std),
+            dtype=cfg.dtype,
+            param_dtype=cfg.param_dtype,
+            rngs=rngs,
+        )
+
+    bias = lambda heads: (heads, H) if cfg.bias else None
     return {
-        "q": nnx.Einsum("BTD,DNH->BTNH", (D, N, H), kernel_init=normal, **options),
-        "k": nnx.Einsum("BSD,DKH->BSKH", (D, K, H), kernel_init=normal, **options),
-        "v": nnx.Einsum("BSD,DKH->BSKH", (D, K, H), kernel_init=normal, **options),
-        "out": nnx.Einsum(
-            "BTNH,NHD->BTD",
-            (N, H, D),
-            kernel_init=nnx.initializers.normal(cfg.out_std),
-            **options,
-        ),
+        "q": make("BTD,DNH->BTNH", (D, N, H), cfg.init_std, bias(N)),
+        "k": make("BSD,DKH->BSKH", (D, K, H), cfg.init_std, bias(K)),
+        "v": make("BSD,DKH->BSKH", (D, K, H), cfg.init_std, bias(K)),
+        "out": make("BTNH,NHD->BTD", (N, H, D), cfg.out_std),
     }
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with grouped keys and values (NoPE)."""
+    """Causal self-attention with grouped keys and values."""
 
     def __init__(self, cfg: AttentionConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -85,6 +99,17 @@ class Attention(nnx.Module):
         factor = jnp.log(n) / math.log(self.cfg.log_base)
         return q * factor[..., None, None].astype(q.dtype)
 
+    def project(
+        self, x: Float[Array, "B T D"], counts: Int[Array, "B T"]
+    ) -> tuple[
+        Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
+    ]:
+        """Queries, keys and values of tokens that see `counts` tokens each."""
+        q, k, v = self.query(x, counts), self.k(x), self.v(x)
+        if self.cfg.rope_theta:
+            q, k = (rotate(z, counts - 1, self.cfg.rope_theta) for z in (q, k))
+        return q, k, v
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -96,8 +121,9 @@ class Attention(nnx.Module):
 
         `slots` are those of the cache before this call.
         """
+        counts = layout.counts()
         if cache is None:
-            q, k, v = self.query(x, layout.counts()), self.k(x), self.v(x)
+            q, k, v = self.project(x, counts)
             ids = layout.boundaries
             mask = None if layout.packed else layout.valid
             y = attention(
@@ -110,8 +136,8 @@ class Attention(nnx.Module):
                 kv_mask=mask,
             )
             return self.out(y), None
-        seen = jnp.sum(slots.valid, axis=1, dtype=jnp.int32)[:, None]
-        q, k, v = self.query(x, seen + layout.counts()), self.k(x), self.v(x)
+        before = slots.lengths if layout.before is None else layout.before
+        q, k, v = self.project(x, before[:, None] + counts)
         cache = KVCache(
             k=_write(cache.k, k, slots.used), v=_write(cache.v, v, slots.used)
         )

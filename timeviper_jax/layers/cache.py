@@ -43,6 +43,11 @@ class Slots:
     valid: Bool[Array, "B C"]
     used: Int[Array, ""]
 
+    @property
+    def lengths(self) -> Int[Array, "B"]:
+        """How many real tokens each row holds."""
+        return jnp.sum(self.valid, axis=1, dtype=jnp.int32)
+
     def write(self, valid: Bool[Array, "B T"]) -> "Slots":
         """Takes the next T slots."""
         start = (jnp.zeros_like(self.used), self.used)
@@ -62,3 +67,19 @@ class Cache:
     @property
     def capacity(self) -> int:
         return self.slots.valid.shape[1]
+
+    def check_room(self, tokens: int) -> None:
+        """Raises if `tokens` more do not fit; a full cache would overwrite itself.
+
+        How many slots are used is not known while a program is traced: there only what
+        can never fit is found, and the caller counts the rest.
+        """
+        if not self.attention.k.shape[0]:
+            return  # States of fixed size hold any number of tokens.
+        used = self.slots.used
+        used = 0 if isinstance(used, jax.core.Tracer) else int(used)
+        if used + tokens > self.capacity:
+            raise ValueError(
+                f"The cache holds {self.capacity} tokens, {used} are in it and {tokens}"
+                " more are wanted; make it larger."
+            )

@@ -17,11 +17,13 @@ class Layout:
     """Segments of a batch of rows.
 
     `segment_ids` counts a row's samples from 1; 0 is padding. `packed` says that a
-    row may hold more than one sample, which only training does.
+    row may hold more than one sample, which only training does. `before` says how many
+    tokens of each row came before this call, where that is not what a cache holds.
     """
 
     segment_ids: Int[Array, "B T"]
     packed: bool = dataclasses.field(metadata=dict(static=True), default=False)
+    before: Int[Array, "B"] | None = None
 
     @property
     def valid(self) -> Bool[Array, "B T"]:

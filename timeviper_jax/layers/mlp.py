@@ -1,4 +1,4 @@
-"""The hybrid model's feed-forward mixer: up, squared ReLU, down, no gate."""
+"""Feed-forward mixers: squared ReLU in hybrid models, gated SiLU in plain ones."""
 
 import dataclasses
 
@@ -19,23 +19,38 @@ class MLPConfig:
     param_dtype: str = "float32"
 
 
+def _linear(
+    cfg: MLPConfig, inputs: int, outputs: int, std: float, rngs: nnx.Rngs
+) -> nnx.Linear:
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        kernel_init=nnx.initializers.normal(std),
+        dtype=cfg.dtype,
+        param_dtype=cfg.param_dtype,
+        rngs=rngs,
+    )
+
+
 class MLP(nnx.Module):
     """`down(relu(up(x))^2)`."""
 
     def __init__(self, cfg: MLPConfig, *, rngs: nnx.Rngs):
-        options = dict(
-            use_bias=False,
-            dtype=cfg.dtype,
-            param_dtype=cfg.param_dtype,
-            rngs=rngs,
-        )
-        normal = nnx.initializers.normal
-        self.up = nnx.Linear(
-            cfg.embed_dim, cfg.mlp_dim, kernel_init=normal(cfg.init_std), **options
-        )
-        self.down = nnx.Linear(
-            cfg.mlp_dim, cfg.embed_dim, kernel_init=normal(cfg.out_std), **options
-        )
+        self.up = _linear(cfg, cfg.embed_dim, cfg.mlp_dim, cfg.init_std, rngs)
+        self.down = _linear(cfg, cfg.mlp_dim, cfg.embed_dim, cfg.out_std, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(jax.nn.relu(self.up(x)) ** 2)
+
+
+class GatedMLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`: SwiGLU."""
+
+    def __init__(self, cfg: MLPConfig, *, rngs: nnx.Rngs):
+        self.gate = _linear(cfg, cfg.embed_dim, cfg.mlp_dim, cfg.init_std, rngs)
+        self.up = _linear(cfg, cfg.embed_dim, cfg.mlp_dim, cfg.init_std, rngs)
+        self.down = _linear(cfg, cfg.mlp_dim, cfg.embed_dim, cfg.out_std, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -1,4 +1,6 @@
-"""The hybrid language model: Mamba-2, attention and MLP blocks by a pattern string.
+"""The language model: Mamba-2, attention and MLP blocks by a pattern string.
+
+A plain transformer is the pattern `*-` as often as it has layers.
 
 Parameters are stacked by kind of mixer, so that the layers can run rolled (one
 `lax.scan` whose body switches on the kind: what lets the 9B compile) or unrolled
@@ -9,7 +11,7 @@ a forward pass is: segment, thin, segment, thin, …, norm, head.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import einops
 import jax
@@ -21,7 +23,7 @@ from timeviper_jax.layers.attention import Attention, AttentionConfig
 from timeviper_jax.layers.cache import Cache, KVCache, MambaCache, Slots
 from timeviper_jax.layers.layout import Layout
 from timeviper_jax.layers.mamba2 import Mamba2, Mamba2Config
-from timeviper_jax.layers.mlp import MLP, MLPConfig
+from timeviper_jax.layers.mlp import MLP, GatedMLP, MLPConfig
 from timeviper_jax.layers.norm import RMSNorm
 from timeviper_jax.llm import transv
 from timeviper_jax.llm.stream import Stream, take
@@ -32,12 +34,14 @@ KINDS = {"M": "mamba", "*": "attention", "-": "mlp"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HybridConfig:
-    """The whole language model in numbers; defaults are the family's.
+    """The whole language model in numbers; defaults are the hybrid family's.
 
-    `pattern` has one character a layer: M Mamba-2, * attention, - MLP. `log_base`
-    is `AttentionConfig`'s. `match_init` starts attention as a search for like tokens
-    (see `init_matching`), for small models without pretraining. `rolled` runs the
-    stack as one scan; `remat` recomputes each layer in the backward pass.
+    `pattern` has one character a block: M Mamba-2, * attention, - MLP. `log_base` and
+    `rope_theta` are `AttentionConfig`'s, `qkv_bias` its `bias`. `gated_mlp` is SwiGLU
+    instead of squared ReLU. With `tied` the head is the embedding. `match_init` starts
+    attention as a search for like tokens (see `init_matching`), for small models
+    without pretraining. `rolled` runs the stack as one scan; `remat` recomputes each
+    layer in the backward pass.
     """
 
     pattern: str
@@ -47,15 +51,19 @@ class HybridConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    ssm_heads: int
-    ssm_head_dim: int
-    ssm_groups: int
-    ssm_state: int
+    ssm_heads: int = 0
+    ssm_head_dim: int = 0
+    ssm_groups: int = 1
+    ssm_state: int = 0
     conv_kernel: int = 4
     chunk_size: int = 128
     norm_eps: float = 1e-5
     dt_limit: tuple[float, float] = (0.0, float("inf"))
     log_base: float = 0.0
+    rope_theta: float = 0.0
+    qkv_bias: bool = False
+    gated_mlp: bool = False
+    tied: bool = False
     transv: tuple[Stage, ...] = ()
     init_std: float = 0.02
     embed_std: float = 0.02
@@ -72,6 +80,15 @@ class HybridConfig:
             raise ValueError(
                 f"pattern={self.pattern!r} must be made of {' '.join(KINDS)}."
             )
+        sizes = dict(
+            ssm_heads=self.ssm_heads,
+            ssm_head_dim=self.ssm_head_dim,
+            ssm_state=self.ssm_state,
+        )
+        if "M" in self.pattern and not all(sizes.values()):
+            raise ValueError(f"A pattern with M needs sizes above 0: {sizes}.")
+        if self.tied and self.match_init:
+            raise ValueError("match_init starts a head of its own; set tied=False.")
         transv.check_stages(self.transv, self.pattern)
 
     @property
@@ -98,6 +115,8 @@ class HybridConfig:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             log_base=self.log_base,
+            rope_theta=self.rope_theta,
+            bias=self.qkv_bias,
             **self._common,
         )
 
@@ -161,13 +180,15 @@ class Output:
     """What a forward pass leaves: the stream after the last layer, normed.
 
     `kept[i]` holds the positions that survive stage i, `scores[i]` its ranking by
-    attention. `layers[i]` is (input, mixer output) of block i, if recorded.
+    attention. `layers[i]` is (input, mixer output) of block i, if recorded. `caches`
+    has one for each stretch of layers between stages, if there were any to fill.
     """
 
     stream: Stream
     kept: tuple[Int[Array, "B _"], ...] = ()
     scores: tuple[Float[Array, "B _"] | None, ...] = ()
     layers: tuple[tuple[Float[Array, "B _ D"], Float[Array, "B _ D"]], ...] = ()
+    caches: tuple[Cache, ...] = ()
 
     @property
     def hidden(self) -> Float[Array, "B T D"]:
@@ -194,7 +215,7 @@ class HybridLM(nnx.Module):
         mixers = dict(
             mamba=(Mamba2, cfg.mamba),
             attention=(Attention, cfg.attention),
-            mlp=(MLP, cfg.mlp),
+            mlp=(GatedMLP if cfg.gated_mlp else MLP, cfg.mlp),
         )
         kinds = [kind for kind, _ in cfg.layers]
         for kind, (mixer, mixer_cfg) in mixers.items():
@@ -209,37 +230,91 @@ class HybridLM(nnx.Module):
         self.norm = RMSNorm(
             cfg.embed_dim, eps=cfg.norm_eps, param_dtype=cfg.param_dtype, rngs=rngs
         )
-        self.head = nnx.Linear(
-            cfg.embed_dim,
-            cfg.vocab_size,
-            use_bias=False,
-            kernel_init=nnx.initializers.normal(cfg.init_std),
-            dtype=cfg.dtype,
-            param_dtype=cfg.param_dtype,
-            rngs=rngs,
-        )
+        if not cfg.tied:
+            self.head = nnx.Linear(
+                cfg.embed_dim,
+                cfg.vocab_size,
+                use_bias=False,
+                kernel_init=nnx.initializers.normal(cfg.init_std),
+                dtype=cfg.dtype,
+                param_dtype=cfg.param_dtype,
+                rngs=rngs,
+            )
         if cfg.match_init:
             self.init_matching()
 
-    def __call__(self, stream: Stream, *, record: bool = False) -> Output:
-        """One pass over whole rows. `record` keeps every block's input and output."""
-        kept, scores, layers = [], [], []
-        for i, (start, stop) in enumerate(self.cfg.segments):
+    def __call__(
+        self,
+        stream: Stream,
+        *,
+        caches: tuple[Cache, ...] = (),
+        choices: Sequence[Bool[Array, "B _"] | None] = (),
+        record: bool = False,
+    ) -> Output:
+        """One pass over whole rows.
+
+        Args:
+          stream: Embedded tokens.
+          caches: Those of `init_caches`, to be filled for `extend`.
+          choices: For each stage, which of the original positions to keep instead of
+            those it would select, as many as it would; None leaves it the choice.
+          record: Keeps every block's input and output.
+        """
+        if caches and stream.num_segments > 1:
+            raise ValueError(
+                f"A row of {stream.num_segments} samples cannot be cached, only one a"
+                " row; put the samples in rows of their own."
+            )
+        kept, scores, layers, filled = [], [], [], []
+        choices = choices or (None,) * len(self.cfg.transv)
+        caches = caches or (None,) * len(self.cfg.segments)
+        for i, (span, cache) in enumerate(zip(self.cfg.segments, caches, strict=True)):
             if i:
-                stream, _, score = self.thin(i - 1, stream)
+                stream, _, score = self.thin(i - 1, stream, choices[i - 1])
                 kept.append(stream.positions)
                 scores.append(score)
-            x, _, seen = self.run(stream.x, stream.layout, (start, stop), record=record)
+            x, cache, seen = self.run(
+                stream.x, stream.layout, span, cache, record=record
+            )
             stream = dataclasses.replace(stream, x=x)
             layers.extend(seen)
-        stream = dataclasses.replace(stream, x=self.norm(stream.x))
+            filled.append(cache)
         return Output(
-            stream=stream, kept=tuple(kept), scores=tuple(scores), layers=tuple(layers)
+            stream=dataclasses.replace(stream, x=self.norm(stream.x)),
+            kept=tuple(kept),
+            scores=tuple(scores),
+            layers=tuple(layers),
+            caches=tuple(cache for cache in filled if cache is not None),
         )
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        caches: tuple[Cache, ...],
+        *,
+        original_positions: bool = False,
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
+        """Normed hidden states of text that goes on from `caches`: one token or many.
+
+        Nothing is thinned or transferred: what a pass selected stays selected. In
+        `segment_ids` 1 is a token and 0 the padding at the end of a row.
+
+        Rotary positions count what each layer has kept, so that this equals one pass.
+        With `original_positions` they count what came in before any stage: so does the
+        PyTorch release when it decodes, though not when it trains or prefills.
+        """
+        before = caches[0].slots.lengths if original_positions else None
+        layout, after = Layout(segment_ids=segment_ids, before=before), []
+        for span, cache in zip(self.cfg.segments, caches, strict=True):
+            x, cache, _ = self.run(x, layout, span, cache)
+            after.append(cache)
+        return self.norm(x), tuple(after)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """Next-token logits of normed hidden states, in float32."""
-        return self.head(hidden).astype(jnp.float32)
+        head = self.embed.attend if self.cfg.tied else self.head
+        return head(hidden).astype(jnp.float32)
 
     # Layers.
 
@@ -255,9 +330,9 @@ class HybridLM(nnx.Module):
         """Runs the blocks [start, stop), from and to a cache if there is one."""
         todo = self.cfg.layers[slice(*layers)]
         seen = []
-        if not todo:
-            return x, cache, seen
-        if self.cfg.rolled and not record:
+        if cache is not None:
+            cache.check_room(x.shape[1])
+        if todo and self.cfg.rolled and not record:
             x, cache = self._run_rolled(x, layout, todo, cache)
         else:
             first = dict(reversed(todo))
@@ -333,20 +408,27 @@ class HybridLM(nnx.Module):
     # TransV.
 
     def thin(
-        self, stage_index: int, stream: Stream
+        self,
+        stage_index: int,
+        stream: Stream,
+        choice: Bool[Array, "B _"] | None = None,
     ) -> tuple[Stream, Dropped, Float[Array, "B T"] | None]:
-        """Runs one TransV stage: select, transfer, drop."""
+        """Runs one TransV stage: select (or take `choice`), transfer, drop."""
         stage = self.cfg.transv[stage_index]
         scores = self.rank(stage, stream) if stage.select == "attention" else None
-        kept = transv.select_tokens(
-            stream.is_vision,
-            stream.segment_ids,
-            stream.vision_counts,
-            scores,
-            keep=stage.keep,
-            capacity=stream.original_capacity,
-            select=stage.select,
-        )
+        if choice is None:
+            kept = transv.select_tokens(
+                stream.is_vision,
+                stream.segment_ids,
+                stream.vision_counts,
+                scores,
+                keep=stage.keep,
+                capacity=stream.original_capacity,
+                select=stage.select,
+            )
+        else:
+            chosen = take(choice, jnp.maximum(stream.positions, 0))
+            kept = (chosen | ~stream.is_vision) & (stream.segment_ids > 0)
         shorter, dropped = transv.split_stream(stream, kept, stage.keep)
         if stage.transfer:
             module = self.transfer_module(stage_index)
@@ -386,8 +468,7 @@ class HybridLM(nnx.Module):
             source = self.block("attention", later[0]).mixer
             module = self.transfer_module(i)
             for name in ("q", "k", "v", "out"):
-                kernel = getattr(source, name).kernel[...]
-                getattr(module, name).kernel[...] = kernel
+                nnx.update(getattr(module, name), nnx.state(getattr(source, name)))
 
     def init_matching(self) -> None:
         """Starts attention as looking for like tokens and copying them.
@@ -409,6 +490,12 @@ class HybridLM(nnx.Module):
         self.head.kernel[...] = scale * self.embed.embedding[...].T
 
     # Caches.
+
+    def init_caches(self, batch: int, capacity: int) -> tuple[Cache, ...]:
+        """Empty caches of `capacity` tokens, one for each stretch between stages."""
+        return tuple(
+            self.init_cache(span, batch, capacity) for span in self.cfg.segments
+        )
 
     def init_cache(self, layers: tuple[int, int], batch: int, capacity: int) -> Cache:
         """An empty memory for the blocks [start, stop)."""
