@@ -10,11 +10,10 @@ from pallas_kernels.platform import target_platform
 
 Implementation = Literal["xla", "blockwise"]
 
-_PREFERRED: dict[str, Implementation] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
-_PREFERRED_FOR_CACHE: dict[str, Implementation] = {
+_PREFERRED: dict[str, Implementation] = {
     "cpu": "blockwise",
-    "gpu": "blockwise",
-    "tpu": "blockwise",
+    "gpu": "xla",
+    "tpu": "xla",
 }
 
 
@@ -50,12 +49,12 @@ def attention(
       kv_length: How many keys exist; the rest of a cache is ignored.
       scale: Multiplies the logits; H ** -0.5 by default.
       implementation: Which one to run; a named one is run or raises, never replaced.
-        By default the fastest on this platform, which with `kv_length` is one for
-        inference: name "xla" to differentiate through a cache.
+        By default the fastest on this platform; "blockwise" for a cache, whose
+        `kv_length` the cost then follows.
     """
     _check(q, k, v, q_segment_ids, kv_segment_ids, kv_mask)
-    preferred = _PREFERRED if kv_length is None else _PREFERRED_FOR_CACHE
-    name = implementation or preferred[target_platform()]
+    preferred = _PREFERRED[target_platform()] if kv_length is None else "blockwise"
+    name = implementation or preferred
     run: dict[Implementation, Callable] = {
         "xla": xla.attention,
         "blockwise": blockwise.attention,

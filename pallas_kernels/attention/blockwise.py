@@ -1,16 +1,38 @@
-"""Attention over a cache: an online softmax, one block of keys at a time.
+"""Attention a tile at a time: an online softmax over blocks of keys, in plain XLA.
 
-The loop ends behind the last key that exists, so the cost follows what is in the cache
-and not its capacity, with one compiled program for every length. For inference: a loop
-whose length is not known has no reverse-mode derivative.
+No more than a block of queries meets a block of keys at once, and pairs that a causal
+mask or the end of a cache rules out are not visited: memory is linear in length, and
+one compiled program costs what is in a cache, not its capacity. The backward pass
+(algorithm 4 of https://arxiv.org/abs/2205.14135) computes the tiles' weights again.
 """
+
+import functools
+from typing import NamedTuple
 
 import einops
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.attention.mask import visible
+
+
+class Rules(NamedTuple):
+    """Which keys a query sees, beside causality; see `api.attention`."""
+
+    q_segment_ids: Int[Array, "J B Q"] | None
+    kv_segment_ids: Int[Array, "B S"] | None
+    kv_mask: Bool[Array, "B S"] | None
+    q_offset: Int[Array, ""] | int
+    kv_length: Int[Array, ""] | int
+
+
+class Settings(NamedTuple):
+    """What is known when a program is compiled."""
+
+    causal: bool
+    scale: float
+    block_kv: int
 
 
 def attention(
@@ -25,58 +47,168 @@ def attention(
     q_offset: Int[Array, ""] | int,
     kv_length: Int[Array, ""] | int,
     scale: float,
-    block_size: int = 512,
+    block_q: int = 128,
+    block_kv: int = 512,
 ) -> Float[Array, "B T N H"]:
     """See `api.attention`; `r` counts the query heads that share a key head."""
     T, (S, K) = q.shape[1], k.shape[1:3]
-    block_size = min(block_size, S)
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    q_rows = einops.rearrange(q, "B T (K r) H -> B K r T H", K=K)
-
-    def one_block(i, carry):
-        out, peak, total = carry
-        # The last block ends with the cache. What it shares with the one before was
-        # read then, and is masked now.
-        start = jnp.minimum(i * block_size, S - block_size)
-
-        def block(z):
-            return jax.lax.dynamic_slice_in_dim(z, start, block_size, axis=1)
-
-        positions = start + jnp.arange(block_size)
-        mask = (positions >= i * block_size) & visible(
-            q_offset + jnp.arange(T),
-            positions,
-            causal=causal,
-            q_segment_ids=q_segment_ids,
-            kv_segment_ids=None if kv_segment_ids is None else block(kv_segment_ids),
-            kv_mask=None if kv_mask is None else block(kv_mask),
-            kv_length=kv_length,
-        )
-        logits = jnp.einsum(
-            "BKrTH,BSKH->BKrTS", q_rows, block(k), preferred_element_type=dtype
-        )
-        logits = jnp.where(mask, logits * scale, -jnp.inf)
-        new_peak = jnp.maximum(peak, logits.max(-1, keepdims=True))
-        weights = jnp.exp(logits - new_peak)
-        read = jnp.einsum(
-            "BKrTS,BSKH->BKrTH",
-            weights.astype(v.dtype),
-            block(v),
-            preferred_element_type=dtype,
-        )
-        keep = jnp.exp(peak - new_peak)
-        total = keep * total + weights.sum(-1, keepdims=True)
-        return keep * out + read, new_peak, total
-
-    end = jnp.minimum(kv_length, S)
-    if causal:
-        end = jnp.minimum(end, q_offset + T)
-    out = jnp.zeros(q_rows.shape, dtype)
-    total = jnp.zeros_like(out[..., :1])
-    # Finite where nothing is seen, so that exp(-inf - peak) is 0 and not NaN.
-    peak = jnp.full_like(total, jnp.finfo(dtype).min)
-    out, _, total = jax.lax.fori_loop(
-        0, -(-end // block_size), one_block, (out, peak, total)
+    rules = Rules(
+        q_segment_ids=_blocks(q_segment_ids, block_q),
+        kv_segment_ids=kv_segment_ids,
+        kv_mask=kv_mask,
+        q_offset=q_offset,
+        kv_length=jnp.minimum(kv_length, S),
     )
-    out = out / jnp.where(total == 0, 1, total)
-    return einops.rearrange(out, "B K r T H -> B T (K r) H").astype(q.dtype)
+    rows = _blocks(einops.rearrange(q, "B T (K r) H -> B T K r H", K=K), block_q)
+    rows = einops.rearrange(rows, "J B Q K r H -> J B K r Q H")
+    out = _attend(rows, k, v, rules, Settings(causal, scale, min(block_kv, S)))
+    return einops.rearrange(out, "J B K r Q H -> B (J Q) (K r) H")[:, :T]
+
+
+def _blocks(z: Shaped[Array, "B T *rest"] | None, size: int):
+    """Cuts the tokens into blocks, the last one padded; blocks lead."""
+    if z is None:
+        return None
+    size = min(size, z.shape[1])
+    z = jnp.pad(z, [(0, 0), (0, -z.shape[1] % size)] + [(0, 0)] * (z.ndim - 2))
+    return einops.rearrange(z, "B (J Q) ... -> J B Q ...", Q=size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, rules: Rules, settings: Settings):
+    return _forward(q, k, v, rules, settings)[0]
+
+
+class _Keys(NamedTuple):
+    """A block of a cache, where it lies: a cache is never copied as a whole."""
+
+    start: Int[Array, ""]
+    first: Int[Array, ""]  # What stands before it belongs to the block before.
+    size: int
+
+    @classmethod
+    def block(cls, i, size: int, S: int) -> "_Keys":
+        """The last block ends with the cache and shares keys with the one before."""
+        return cls(jnp.minimum(i * size, S - size), i * size, size)
+
+    def of(self, z: Shaped[Array, "B S *rest"] | None):
+        if z is None:
+            return None
+        return jax.lax.dynamic_slice_in_dim(z, self.start, self.size, axis=1)
+
+    def add(self, z: Shaped[Array, "B S *rest"], new: Shaped[Array, "B U *rest"]):
+        new = self.of(z) + new
+        return jax.lax.dynamic_update_slice_in_dim(z, new, self.start, axis=1)
+
+
+def _logits(q_block, k_block, j, keys: _Keys, rules: Rules, settings: Settings):
+    """Logits of the block j of queries with a block of keys, in float32."""
+    logits = _einsum("BKrQH,BUKH->BKrQU", q_block, k_block)
+    ids = rules.q_segment_ids
+    Q = q_block.shape[-2]
+    positions = keys.start + jnp.arange(keys.size)
+    mask = (positions >= keys.first) & visible(
+        rules.q_offset + j * Q + jnp.arange(Q),
+        positions,
+        causal=settings.causal,
+        q_segment_ids=None if ids is None else ids[j],
+        kv_segment_ids=keys.of(rules.kv_segment_ids),
+        kv_mask=keys.of(rules.kv_mask),
+        kv_length=rules.kv_length,
+    )
+    return jnp.where(mask, logits * settings.scale, -jnp.inf)
+
+
+def _forward(
+    q: Float[Array, "J B K r Q H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    rules: Rules,
+    settings: Settings,
+):
+    """The outputs, and what the backward pass needs."""
+    Q, U = q.shape[-2], settings.block_kv
+
+    def one_row(_, inputs):
+        j, q_block = inputs
+
+        def one_tile(i, carry):
+            out, peak, total = carry
+            keys = _Keys.block(i, U, k.shape[1])
+            logits = _logits(q_block, keys.of(k), j, keys, rules, settings)
+            new_peak = jnp.maximum(peak, logits.max(-1, keepdims=True))
+            weights = jnp.exp(logits - new_peak)
+            read = _einsum("BKrQU,BUKH->BKrQH", weights.astype(v.dtype), keys.of(v))
+            keep = jnp.exp(peak - new_peak)
+            total = keep * total + _sum_last(weights)
+            return keep * out + read, new_peak, total
+
+        end = rules.kv_length
+        if settings.causal:
+            end = jnp.minimum(end, rules.q_offset + (j + 1) * Q)
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        out = jnp.zeros(q_block.shape, dtype)
+        total = jnp.zeros_like(out[..., :1])
+        # Finite where nothing is seen, so that exp(-inf - peak) is 0 and not NaN.
+        peak = jnp.full_like(total, jnp.finfo(dtype).min)
+        out, peak, total = jax.lax.fori_loop(
+            0, -(-end // U), one_tile, (out, peak, total)
+        )
+        total = jnp.where(total == 0, 1, total)
+        return None, ((out / total).astype(q.dtype), peak + jnp.log(total))
+
+    _, (out, log_total) = jax.lax.scan(one_row, None, (jnp.arange(len(q)), q))
+    return out, (q, k, v, rules, out, log_total)
+
+
+def _backward(settings: Settings, residuals, dout):
+    """Blocks of keys in turn, each with the blocks of queries that may see it."""
+    q, k, v, rules, out, log_total = residuals
+    Q, U, S = q.shape[-2], settings.block_kv, k.shape[1]
+    dtype = log_total.dtype
+    through = _sum_last(dout.astype(dtype) * out.astype(dtype))
+
+    def one_column(i, carry):
+        dq, dk, dv = carry
+        keys = _Keys.block(i, U, S)
+        k_block, v_block = keys.of(k), keys.of(v)
+
+        def one_tile(j, carry):
+            dq, dk, dv = carry
+            logits = _logits(q[j], k_block, j, keys, rules, settings)
+            weights = jnp.exp(logits - log_total[j])
+            dv += _einsum("BKrQU,BKrQH->BUKH", weights.astype(v.dtype), dout[j])
+            dweights = _einsum("BKrQH,BUKH->BKrQU", dout[j], v_block)
+            dlogits = weights * (dweights - through[j]) * settings.scale
+            dlogits = dlogits.astype(q.dtype)
+            dk += _einsum("BKrQU,BKrQH->BUKH", dlogits, q[j])
+            own = _einsum("BKrQU,BUKH->BKrQH", dlogits, k_block)
+            return dq.at[j].add(own), dk, dv
+
+        first = 0
+        if settings.causal:
+            first = jnp.maximum(keys.start - rules.q_offset, 0) // Q
+        zero = jnp.zeros(k_block.shape, dtype)
+        dq, own_dk, own_dv = jax.lax.fori_loop(
+            first, len(q), one_tile, (dq, zero, zero)
+        )
+        return dq, keys.add(dk, own_dk), keys.add(dv, own_dv)
+
+    zeros = [jnp.zeros(z.shape, dtype) for z in (q, k, v)]
+    columns = -(-rules.kv_length // U)
+    dq, dk, dv = jax.lax.fori_loop(0, columns, one_column, tuple(zeros))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _einsum(pattern: str, *operands):
+    """Accumulates in float32 at least."""
+    dtype = jnp.promote_types(operands[0].dtype, jnp.float32)
+    return jnp.einsum(pattern, *operands, preferred_element_type=dtype)
+
+
+def _sum_last(x: Float[Array, "*B X"]) -> Float[Array, "*B 1"]:
+    """A sum as a matmul, which XLA on CPU runs several times faster than its own."""
+    return jnp.einsum("...X,X->...", x, jnp.ones(x.shape[-1], x.dtype))[..., None]

@@ -228,23 +228,43 @@ def test_asked_moments_cover_a_long_scene_evenly(asked):
 # --- Pictures ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frames", [100, 120, 132, 250])
-def test_training_and_heldout_haystacks_share_no_frame(frames):
-    train = needle_sources.haystack_range(frames, "train")
-    heldout = needle_sources.haystack_range(frames, "heldout")
-    assert train.start == 0
-    assert heldout.stop == frames
-    assert heldout.start - train.stop >= 8
+def test_splits_share_no_frame_of_a_clip():
+    shown = {}
+    for split, part in needle_sources.HAYSTACKS.items():
+        for setting in part.settings:
+            frames = part.frames(setting)
+            assert len(frames) >= needle_sources.SHOT, (split, setting)
+            shown[split, setting] = {(setting.clip, i) for i in frames}
+    places = list(shown.values())
+    assert sum(map(len, places)) == len(set.union(*places))
 
 
-def test_a_pool_is_drawn_from_its_own_part_of_each_clip(monkeypatch):
+def test_one_split_is_set_where_no_other_is():
+    parts = needle_sources.HAYSTACKS
+    others = {*parts["train"].settings, *parts["heldout"].settings}
+    assert others.isdisjoint(parts["heldout_views"].settings)
+
+
+@pytest.mark.parametrize("name", needle_sources.CLIPS)
+def test_a_setting_lies_within_its_clip(name):
+    clip = needle_sources.load_clip(needle_sources.clip_path(name))
+    settings = {s for part in needle_sources.HAYSTACKS.values() for s in part.settings}
+    stops = [setting.stop for setting in settings if setting.clip == name]
+    assert max(stops) <= len(clip)
+
+
+def test_a_pool_is_drawn_from_its_own_frames(monkeypatch):
     # Clips whose frames say their number: one grey level each.
-    numbered = [Image.new("RGB", (80, 64), (i, i, i)) for i in range(100)]
+    numbered = [Image.new("RGB", (80, 64), (i, i, i)) for i in range(200)]
     monkeypatch.setattr(needle_sources, "load_clip", lambda path: numbered)
+    one = (needle_sources.Setting("bikes.mp4", 20, 180),)
+    parts = {"train": dict(stop=0.5), "heldout": dict(start=0.7)}
+    parts = {k: needle_sources.HaystackPart(one, **v) for k, v in parts.items()}
+    monkeypatch.setattr(needle_sources, "HAYSTACKS", parts)
     seen = {}
-    for half in needle_sources.HAYSTACKS:
-        pool = needle_sources.haystack(123, half, shots=300, size=16)
-        seen[half] = set(np.unique(pool.luma).tolist())
+    for split in parts:
+        pool = needle_sources.haystack(123, split, shots=300, size=16)
+        seen[split] = set(np.unique(pool.luma).tolist())
     needle_sources.haystack.cache_clear()
     assert max(seen["train"]) < min(seen["heldout"])
 
@@ -275,9 +295,8 @@ def _scenes(data: pathlib.Path) -> dict[str, list[dict]]:
 
 def _bare(file: needles.File) -> np.ndarray:
     """The luma of a file's haystack, as if nothing had been laid over it."""
-    half = "train" if file.split == "train" else "heldout"
     size = SMALL.video.size
-    pool = needle_sources.haystack(SMALL.seed, half, SMALL.video.shots, size)
+    pool = needle_sources.haystack(SMALL.seed, file.split, SMALL.video.shots, size)
     blocks = [
         needle_render.draw_haystack_frames(
             needles._rng(SMALL, file, i, 2), pool, length, SMALL.video

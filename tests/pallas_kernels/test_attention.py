@@ -86,10 +86,31 @@ def test_is_the_softmax_over_visible_keys(implementation, case):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_are_the_slopes_even_where_nothing_is_seen():
-    options, mask = _cases()["together"]
-    assert not mask.any(-1).all()
-    run = functools.partial(_attention, **options, implementation="xla")
+def _blockwise(block_q, block_kv, **options):
+    """Blocks that do not divide the tokens, so that there are several tiles."""
+    rules = dict(q_segment_ids=None, kv_segment_ids=None, kv_mask=None)
+    rules |= {"q_offset": 0, "kv_length": S, "scale": H**-0.5}
+    arrays = {
+        k: jnp.asarray(z) for k, z in options.items() if isinstance(z, np.ndarray)
+    }
+    return jax.jit(
+        functools.partial(
+            blockwise.attention,
+            **(rules | options | arrays),
+            block_q=block_q,
+            block_kv=block_kv,
+        )
+    )
+
+
+@pytest.mark.parametrize("case", ["causal", "empty", "together"])
+@pytest.mark.parametrize("implementation", ["xla", (2, 4), (8, 3)])
+def test_gradients_are_the_slopes_even_where_nothing_is_seen(implementation, case):
+    options, mask = _cases()[case]
+    if implementation == "xla":
+        run = functools.partial(_attention, **options, implementation="xla")
+    else:
+        run = _blockwise(*implementation, **options)
     with jax.enable_x64(True):
         inputs = [jnp.asarray(z) for z in _inputs()]
         check_grads(run, inputs, order=1, modes=["rev"], rtol=1e-7, atol=1e-7)
@@ -97,6 +118,17 @@ def test_gradients_are_the_slopes_even_where_nothing_is_seen():
     dq = jax.jit(jax.grad(lambda *z: run(*z).sum()))(*inputs)
     assert np.isfinite(dq).all()
     np.testing.assert_array_equal(dq[~mask.any(-1)], 0)
+
+
+def test_gradients_in_bfloat16_are_those_of_float32_rounded():
+    inputs = [jnp.asarray(z, jnp.bfloat16) for z in _inputs()]
+    loss = lambda run: jax.grad(lambda *z: (run(*z) ** 2).sum().astype(jnp.float32))
+    run = _blockwise(2, 4, causal=True)
+    got = loss(run)(*inputs)
+    want = loss(run)(*(z.astype(jnp.float32) for z in inputs))
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=5e-2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -109,21 +141,14 @@ def test_float32_and_large_logits_neither_overflow_nor_lose_the_softmax(implemen
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 9, 512])
-def test_blocks_of_any_size_are_the_dense_softmax(block_size):
+@pytest.mark.parametrize("blocks", [(1, 1), (2, 4), (3, 9), (4, 512)])
+def test_blocks_of_any_size_are_the_dense_softmax(blocks):
     # One compiled program for every length and offset, in blocks that do not divide.
     q, k, v = _inputs()
     options = {"causal": True, "scale": 0.7}
-    run = jax.jit(
-        functools.partial(
-            blockwise.attention,
-            **options,
-            q_segment_ids=None,
-            kv_segment_ids=None,
-            kv_mask=None,
-            block_size=block_size,
-        )
-    )
+    rules = dict(q_segment_ids=None, kv_segment_ids=None, kv_mask=None)
+    run = functools.partial(blockwise.attention, **options, **rules)
+    run = jax.jit(functools.partial(run, block_q=blocks[0], block_kv=blocks[1]))
     dense = functools.partial(_attention, **options, implementation="xla")
     with jax.enable_x64(True):
         for length, offset in ((0, 0), (1, 0), (4, 2), (7, 2), (8, 4), (9, 4), (99, 9)):

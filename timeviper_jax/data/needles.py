@@ -162,8 +162,7 @@ def ask(
 
 def make_file(file: File, cfg: NeedlesConfig, out: pathlib.Path) -> int:
     """Renders and encodes one file; returns its seconds."""
-    half = "train" if file.split == "train" else "heldout"
-    pool = sources.haystack(cfg.seed, half, cfg.video.shots, cfg.video.size)
+    pool = sources.haystack(cfg.seed, file.split, cfg.video.shots, cfg.video.size)
     view = sources.VIEWS[file.split]
 
     def look(showing: Showing) -> tuple[Image.Image, sources.View]:
