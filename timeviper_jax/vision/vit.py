@@ -7,13 +7,12 @@ built: a model published as `depth` blocks has `depth - 1` here.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from timeviper_jax.vision.blocks import Block, BlockConfig
+from timeviper_jax.vision.blocks import BlockConfig, run_blocks, stack_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +50,18 @@ class VitConfig:
             )
 
     @property
+    def clip_frames(self) -> int:
+        """Frames that are encoded together."""
+        return 1
+
+    @property
     def grid(self) -> int:
         """Patches along a side; pixels that fill no patch are left out."""
         return self.image_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:
+        """Features of a frame."""
         return self.grid**2
 
     @property
@@ -80,60 +85,53 @@ class Vit(nnx.Module):
 
     def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.patch = nnx.Linear(
-            3 * cfg.patch_size**2,
-            cfg.embed_dim,
-            dtype=cfg.dtype,
-            param_dtype=cfg.param_dtype,
-            rngs=rngs,
-        )
+        self.patch = patch_embedding(cfg, rngs=rngs)
         positions = nnx.initializers.normal(cfg.embed_dim**-0.5)
         self.positions = nnx.Param(
             positions(rngs.params(), (cfg.num_tokens, cfg.embed_dim), cfg.param_dtype)
         )
-
-        @nnx.split_rngs(splits=cfg.depth - 1)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(cfg.block, rngs=rngs)
-
-        self.blocks = stack(rngs)
+        self.blocks = stack_blocks(cfg.block, cfg.depth - 1, rngs=rngs)
 
     def __call__(
         self, frames: UInt8[Array, "B H W C"] | Float[Array, "B H W C"]
     ) -> Float[Array, "B V E"]:
         """Encodes frames: uint8 pixels, or floats that are already normalised."""
-        x = self.patch(self.patches(frames)) + self.positions[...].astype(
-            self.cfg.dtype
+        cfg = self.cfg
+        x = self.patch(patches(frames, cfg)) + self.positions[...].astype(cfg.dtype)
+        return run_blocks(self.blocks, x, unroll=cfg.unroll, remat=cfg.remat)
+
+
+def patch_embedding(cfg: VitConfig, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """A flattened patch to a token."""
+    return nnx.Linear(
+        3 * cfg.patch_size**2,
+        cfg.embed_dim,
+        dtype=cfg.dtype,
+        param_dtype=cfg.param_dtype,
+        rngs=rngs,
+    )
+
+
+def patches(
+    frames: UInt8[Array, "*B H W C"] | Float[Array, "*B H W C"], cfg: VitConfig
+) -> Float[Array, "*B V X"]:
+    """Flattened patches of normalised pixels, each row by row, colours last."""
+    size, patch = cfg.image_size, cfg.patch_size
+    if frames.shape[-3:] != (size, size, 3):
+        lead = "B" if frames.ndim == 4 else "B F"
+        raise ValueError(
+            f"Frames of shape {frames.shape} are not {lead} {size} {size} 3;"
+            " resize them."
         )
-        definition, layers = nnx.split(self.blocks)
-
-        def one_block(x, layer):
-            return nnx.merge(definition, layer)(x), None
-
-        if self.cfg.remat:
-            one_block = jax.checkpoint(one_block, prevent_cse=self.cfg.unroll)
-        return jax.lax.scan(one_block, x, layers, unroll=self.cfg.unroll)[0]
-
-    def patches(
-        self, frames: UInt8[Array, "B H W C"] | Float[Array, "B H W C"]
-    ) -> Float[Array, "B V X"]:
-        """Flattened patches of normalised pixels, each row by row, colours last."""
-        size, patch = self.cfg.image_size, self.cfg.patch_size
-        if frames.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"Frames of shape {frames.shape} are not B {size} {size} 3;"
-                " resize them."
-            )
-        if frames.dtype == jnp.uint8:
-            frames = normalise(frames, self.cfg.mean, self.cfg.std)
-        whole = self.cfg.grid * patch
-        return rearrange(
-            frames[:, :whole, :whole].astype(self.cfg.dtype),
-            "B (h p) (w q) C -> B (h w) (p q C)",
-            p=patch,
-            q=patch,
-        )
+    if frames.dtype == jnp.uint8:
+        frames = normalise(frames, cfg.mean, cfg.std)
+    whole = cfg.grid * patch
+    return rearrange(
+        frames[..., :whole, :whole, :].astype(cfg.dtype),
+        "... (h p) (w q) C -> ... (h w) (p q C)",
+        p=patch,
+        q=patch,
+    )
 
 
 def normalise(
