@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from timeviper_jax.data.features import second_times
+from timeviper_jax.data.images import Fit
 from timeviper_jax.data.video import probe, read_frames
 
 Record = dict[str, Any]
@@ -118,13 +119,13 @@ def recorded_videos(
 
 
 def decoded_videos(
-    paths: Sequence[str], image_size: int, *, num_threads: int
+    paths: Sequence[str], fit: Fit | int, *, num_threads: int
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "F H W 3"]]]:
     """Each file with the frames of all its seconds; a few are decoded ahead."""
 
     def decode(path: str) -> tuple[str, UInt8[np.ndarray, "F H W 3"]]:
         times = second_times(probe(path).duration)
-        return path, read_frames(path, times, image_size)
+        return path, read_frames(path, times, fit)
 
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=2 * num_threads

@@ -18,7 +18,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Float64, UInt8
 from PIL import Image, ImageOps
 
-from timeviper_jax.data.images import resize_naive
+from timeviper_jax.data.images import Fit, as_fit
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # Where no index tells where the key frames are, they are taken to be this far apart.
@@ -111,32 +111,34 @@ def fps_times(
 
 
 def read_frames(
-    path: str | pathlib.Path, times: Sequence[float] | np.ndarray, size: int
-) -> UInt8[np.ndarray, "F {size} {size} 3"]:
+    path: str | pathlib.Path, times: Sequence[float] | np.ndarray, fit: Fit | int
+) -> UInt8[np.ndarray, "F S S 3"]:
     """The frames at `times`, resized as Pillow does; see `iter_frames`."""
-    frames = np.empty((len(times), size, size, 3), np.uint8)
-    for i, frame in enumerate(iter_frames(path, times, size)):
+    fit = as_fit(fit)
+    frames = np.empty((len(times), fit.size, fit.size, 3), np.uint8)
+    for i, frame in enumerate(iter_frames(path, times, fit)):
         frames[i] = frame
     return frames
 
 
 def iter_frames(
-    path: str | pathlib.Path, times: Sequence[float] | np.ndarray, size: int
-) -> Iterator[UInt8[np.ndarray, "{size} {size} 3"]]:
+    path: str | pathlib.Path, times: Sequence[float] | np.ndarray, fit: Fit | int
+) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
     """Yields the frame on screen at each of `times` (seconds, ascending).
 
+    `fit` says how it becomes a square, or how wide a square to stretch it to.
     It decodes straight on, or seeks where a key frame lies well ahead; the frames are
     the same either way. One frame is held at a time.
     """
-    path = pathlib.Path(path)
+    path, fit = pathlib.Path(path), as_fit(fit)
     times = np.asarray(times, np.float64)
     if np.any(np.diff(times) < 0):
         raise ValueError("Frames are read forwards; sort the times.")
     if images := _image_files(path):
-        yield from _iter_images(images, times, size)
+        yield from _iter_images(images, times, fit)
         return
     with _open(path) as (container, stream):
-        yield from _Reader(container, stream, path).frames(times, size)
+        yield from _Reader(container, stream, path).frames(times, fit)
 
 
 # ---------------------------------------------------------------------------
@@ -157,7 +159,7 @@ def _image_files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _iter_images(
-    files: list[pathlib.Path], times: Float64[np.ndarray, "F"], size: int
+    files: list[pathlib.Path], times: Float64[np.ndarray, "F"], fit: Fit
 ) -> Iterator[np.ndarray]:
     if len(times) and times[-1] > len(files):
         raise VideoError(
@@ -167,7 +169,7 @@ def _iter_images(
     index, frame = -1, None
     for wanted in np.clip(times.astype(int), 0, len(files) - 1):
         if wanted != index:
-            index, frame = wanted, resize_naive(_read_image(files[wanted]), size)
+            index, frame = wanted, fit(_read_image(files[wanted]))
         yield frame
 
 
@@ -269,8 +271,8 @@ class _Reader:
         self._decoded = 0  # Since the last seek.
 
     def frames(
-        self, times: Float64[np.ndarray, "F"], size: int
-    ) -> Iterator[UInt8[np.ndarray, "{size} {size} 3"]]:
+        self, times: Float64[np.ndarray, "F"], fit: Fit
+    ) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
         """Yields the frame on screen at each time."""
         self._check_length()
         stamps = self._decode()
@@ -285,7 +287,7 @@ class _Reader:
                 coming = next(stamps, None)
             if converted is None:
                 # Before the first frame there is nothing to show but the first frame.
-                converted = self._convert(shown or coming[1], size)
+                converted = self._convert(shown or coming[1], fit)
             yield converted
 
     def _targets(self, times: Float64[np.ndarray, "F"]) -> list[int]:
@@ -357,14 +359,14 @@ class _Reader:
             # Indices hold decoding times: the key frame may be shown after `target`.
             key, step = key - step, 2 * step
 
-    def _convert(self, frame: av.VideoFrame, size: int) -> np.ndarray:
+    def _convert(self, frame: av.VideoFrame, fit: Fit) -> np.ndarray:
         if self._quarter_turns is None:
             self._quarter_turns = round(frame.rotation / 90)
         # One converter for all frames, in this thread: 10 times faster than to_image.
         rgb = self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         if self._quarter_turns:
             rgb = np.ascontiguousarray(np.rot90(rgb, self._quarter_turns))
-        return resize_naive(rgb, size)
+        return fit(rgb)
 
     def _check_length(self) -> None:
         """Raises if the index lists frames that lie beyond the end of the file."""
