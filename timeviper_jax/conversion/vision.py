@@ -1,76 +1,269 @@
-"""Names of published encoders and projectors. Both ways, see rules.py."""
+r"""Names of published encoders and projectors. Both ways, see rules.py.
 
+    load_params(encoder, tensors, encoder_rules(cfg), ignore=encoder_unused(cfg))
+
+The features end before the last block, so that block, the norm after it and pooling
+heads are left aside. Positions for another image size are resized as they are loaded.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Shaped
+
+from timeviper_jax.conversion.nano import under
 from timeviper_jax.conversion.rules import Cut, Rule
+from timeviper_jax.vision.dinov2 import DinoV2Config
+from timeviper_jax.vision.encoder import EncoderConfig
+from timeviper_jax.vision.internvideo2 import InternVideo2Config
+from timeviper_jax.vision.pair import PairConfig
+from timeviper_jax.vision.positions import resize_grid, resize_time
+from timeviper_jax.vision.vit import VitConfig
 
-# What timm's SigLIP has and features of the second-to-last block do not need.
-TIMM_VIT_UNUSED = (r"norm\..*", r"attn_pool\..*")
+Source = Literal["release", "transformers"]
+
+_BLOCK = r"blocks\.(\d+)"
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionRule(Rule):
+    """Positions, resized on the way in if they are of another grid or clip length.
+
+    `class_rows` come before the patches' and stay as they are. There are patches of
+    `trained_frames` frames in the file, and of `frames` in the model.
+    """
+
+    grid: int = 0
+    class_rows: int = 0
+    trained_frames: int = 1
+    frames: int = 1
+    antialias: bool = False
+
+    def load(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "V E"]:
+        table = super().load(tensor)
+        if len(table) == self.class_rows + self.frames * self.grid**2:
+            return table
+        first, patches = np.split(table, [self.class_rows])
+        patches = patches.reshape(self.trained_frames, -1, table.shape[1])
+        patches = resize_time(patches, self.frames)
+        patches = resize_grid(patches, self.grid, antialias=self.antialias)
+        return np.concatenate([first, patches.reshape(-1, table.shape[1])])
+
+
+def encoder_rules(cfg: VitConfig, source: Source = "release") -> tuple[Rule, ...]:
+    """How an encoder is named: by timm or InternVideo2's authors, or transformers."""
+    if isinstance(cfg, InternVideo2Config):
+        return internvideo2_rules(cfg)
+    if source == "transformers":
+        return (dinov2_rules if isinstance(cfg, DinoV2Config) else siglip_rules)(cfg)
+    positions = PositionRule(
+        "pos_embed", "positions", "1 V E -> V E", grid=cfg.grid, antialias=True
+    )
+    rules = timm_vit_rules(cfg.num_heads, cfg.patch_size, positions)
+    return (*rules, *(_TIMM_DINO if isinstance(cfg, DinoV2Config) else ()))
+
+
+def encoder_unused(cfg: VitConfig) -> tuple[str, ...]:
+    """Patterns of the published tensors, from any source, that features do not need."""
+    last = rf"(blocks|encoder\.layers?)\.{cfg.depth - 1}\..*"
+    norms = r"(norm|layernorm|post_layernorm)\..*"
+    heads = r"(attn_pool|head|clip_projector)\..*"
+    return last, norms, heads, r"clip_pos_embed|embeddings\.mask_token"
+
+
+# timm's names.
 
 
 def timm_vit_unused(depth: int) -> tuple[str, ...]:
     """Patterns of tensors to ignore for a model published with `depth` blocks."""
-    return (*TIMM_VIT_UNUSED, rf"blocks\.{depth - 1}\..*")
+    return r"norm\..*", r"attn_pool\..*", rf"blocks\.{depth - 1}\..*"
 
 
-def timm_vit_rules(num_heads: int, patch_size: int) -> tuple[Rule, ...]:
+def timm_vit_rules(
+    num_heads: int,
+    patch_size: int,
+    positions: Rule = Rule("pos_embed", "positions", "1 V E -> V E"),  # noqa: B008
+) -> tuple[Rule, ...]:
     """timm's vision transformers <-> vision/vit.py; the fused qkv fills q, k and v."""
-    attn, heads = r"blocks\.(\d+)\.attn", dict(N=num_heads)
-    qkv = [
-        rule
-        for i, name in enumerate("qkv")
-        for rule in (
-            Rule(
-                rf"{attn}\.qkv\.weight",
-                rf"blocks/attn/{name}/kernel[\1]",
-                "(N H) E -> E N H",
-                heads,
-                Cut(i, i + 1, 3),
-            ),
-            Rule(
-                rf"{attn}\.qkv\.bias",
-                rf"blocks/attn/{name}/bias[\1]",
-                "(N H) -> N H",
-                heads,
-                Cut(i, i + 1, 3),
-            ),
-        )
-    ]
-    out = r"blocks/attn/out/kernel[\1]"
+    sides = dict(p=patch_size, q=patch_size)
+    patch = r"patch_embed\.proj\.weight"
+    norm = rf"{_BLOCK}\.norm([12])"
     return (
-        Rule(
-            r"patch_embed\.proj\.weight",
-            "patch/kernel",
-            "E C p q -> (p q C) E",
-            dict(p=patch_size, q=patch_size),
-        ),
+        Rule(patch, "patch/kernel", "E C p q -> (p q C) E", sides),
         Rule(r"patch_embed\.proj\.bias", "patch/bias"),
-        Rule(r"pos_embed", "positions", "1 V E -> V E"),
-        *qkv,
-        Rule(rf"{attn}\.proj\.weight", out, "E (N H) -> N H E", heads),
-        Rule(rf"{attn}\.proj\.bias", r"blocks/attn/out/bias[\1]"),
-        *_block_rules(r"blocks\.(\d+)"),
+        positions,
+        *_fused_qkv("weight", "kernel", "(N H) E -> E N H", num_heads),
+        *_fused_qkv("bias", "bias", "(N H) -> N H", num_heads),
+        *_attention_out(rf"{_BLOCK}\.attn\.proj", num_heads),
+        Rule(rf"{norm}\.weight", r"blocks/norm\2/scale[\1]"),
+        Rule(rf"{norm}\.bias", r"blocks/norm\2/bias[\1]"),
+        *_mlp(_BLOCK),
     )
 
 
-def _block_rules(block: str) -> list[Rule]:
-    """Norms and MLP of one block."""
-    mlp = dict(fc1="up", fc2="down")
+_TIMM_DINO = (
+    Rule("cls_token", "class_token", "1 1 E -> E"),
+    Rule("reg_token", "registers", "1 R E -> R E"),
+    Rule(rf"{_BLOCK}\.ls([12])\.gamma", r"blocks/scale\2/scale[\1]"),
+)
+
+
+def _fused_qkv(name: str, ours: str, axes: str, num_heads: int) -> list[Rule]:
     return [
-        Rule(rf"{block}\.norm([12])\.weight", r"blocks/norm\2/scale[\1]"),
-        Rule(rf"{block}\.norm([12])\.bias", r"blocks/norm\2/bias[\1]"),
-        *(
-            rule
-            for fc, path in mlp.items()
-            for rule in (
-                Rule(
-                    rf"{block}\.mlp\.{fc}\.weight",
-                    rf"blocks/mlp/{path}/kernel[\1]",
-                    "O I -> I O",
-                ),
-                Rule(rf"{block}\.mlp\.{fc}\.bias", rf"blocks/mlp/{path}/bias[\1]"),
-            )
-        ),
+        Rule(
+            rf"{_BLOCK}\.attn\.qkv\.{name}",
+            rf"blocks/attn/{part}/{ours}[\1]",
+            axes,
+            dict(N=num_heads),
+            Cut(i, i + 1, 3),
+        )
+        for i, part in enumerate("qkv")
     ]
 
+
+def _attention_out(name: str, num_heads: int) -> list[Rule]:
+    kernel, heads = r"blocks/attn/out/kernel[\1]", dict(N=num_heads)
+    return [
+        Rule(rf"{name}\.weight", kernel, "E (N H) -> N H E", heads),
+        Rule(rf"{name}\.bias", r"blocks/attn/out/bias[\1]"),
+    ]
+
+
+def _mlp(block: str) -> list[Rule]:
+    return [
+        rule
+        for fc, ours in dict(fc1="up", fc2="down").items()
+        for rule in (
+            Rule(
+                rf"{block}\.mlp\.{fc}\.weight",
+                rf"blocks/mlp/{ours}/kernel[\1]",
+                "O I -> I O",
+            ),
+            Rule(rf"{block}\.mlp\.{fc}\.bias", rf"blocks/mlp/{ours}/bias[\1]"),
+        )
+    ]
+
+
+# InternVideo2's.
+
+
+def internvideo2_rules(
+    cfg: InternVideo2Config, *, trained_frames: int | None = None
+) -> tuple[Rule, ...]:
+    """InternVideo2 <-> vision/internvideo2.py.
+
+    `trained_frames` is the clip length of the file where it is not the model's.
+    """
+    sides = dict(p=cfg.patch_size, q=cfg.patch_size)
+    patch = r"patch_embed\.proj\.weight"
+    resized = dict(grid=cfg.grid, class_rows=1)
+    clips = dict(frames=cfg.frames, trained_frames=trained_frames or cfg.frames)
+    table = "1 V E -> V E"
+    return (
+        Rule(patch, "patch/kernel", "E C 1 p q -> (p q C) E", sides),
+        Rule(r"patch_embed\.proj\.bias", "patch/bias"),
+        Rule("cls_token", "class_token", "1 1 E -> E"),
+        PositionRule("pos_embed", "positions", table, **resized, **clips),
+        PositionRule("img_pos_embed", "image_positions", table, **resized),
+        *_fused_qkv("weight", "kernel", "(N H) E -> E N H", cfg.num_heads),
+        Rule(
+            rf"{_BLOCK}\.attn\.([qk])_norm\.weight",
+            r"blocks/attn/\2_norm/scale[\1]",
+        ),
+        *_attention_out(rf"{_BLOCK}\.attn\.proj", cfg.num_heads),
+        Rule(rf"{_BLOCK}\.norm([12])\.weight", r"blocks/norm\2/scale[\1]"),
+        Rule(rf"{_BLOCK}\.ls([12])\.weight", r"blocks/scale\2/scale[\1]"),
+        *_mlp(_BLOCK),
+    )
+
+
+# transformers': each tower alone, as its `save_pretrained` writes it.
+
+
+def siglip_rules(cfg: VitConfig) -> tuple[Rule, ...]:
+    """transformers' SiglipVisionModel <-> vision/vit.py.
+
+    A whole SigLIP has these names behind `vision_model.`. Its GELU is approximate,
+    timm's and ours is exact.
+    """
+    layer = r"encoder\.layers\.(\d+)"
+    norm = rf"{layer}\.layer_norm([12])"
+    parts = dict(q_proj="q", k_proj="k", v_proj="v")
+    table = r"embeddings\.position_embedding\.weight"
+    return (
+        *_patch(r"embeddings\.patch_embedding", cfg),
+        PositionRule(table, "positions", grid=cfg.grid),
+        *_split_qkv(rf"{layer}\.self_attn", parts, cfg.num_heads),
+        *_attention_out(rf"{layer}\.self_attn\.out_proj", cfg.num_heads),
+        Rule(rf"{norm}\.weight", r"blocks/norm\2/scale[\1]"),
+        Rule(rf"{norm}\.bias", r"blocks/norm\2/bias[\1]"),
+        *_mlp(layer),
+    )
+
+
+def dinov2_rules(cfg: DinoV2Config) -> tuple[Rule, ...]:
+    """transformers' Dinov2WithRegistersModel <-> vision/dinov2.py.
+
+    It gives the class token a position of its own: set `class_position`.
+    """
+    layer = r"encoder\.layer\.(\d+)"
+    norm = rf"{layer}\.norm([12])"
+    parts = dict(query="q", key="k", value="v")
+    out = rf"{layer}\.attention\.output\.dense"
+    positions = PositionRule(
+        r"embeddings\.position_embeddings",
+        "positions",
+        "1 V E -> V E",
+        grid=cfg.grid,
+        class_rows=1,
+    )
+    return (
+        *_patch(r"embeddings\.patch_embeddings\.projection", cfg),
+        positions,
+        Rule(r"embeddings\.cls_token", "class_token", "1 1 E -> E"),
+        Rule(r"embeddings\.register_tokens", "registers", "1 R E -> R E"),
+        *_split_qkv(rf"{layer}\.attention\.attention", parts, cfg.num_heads),
+        *_attention_out(out, cfg.num_heads),
+        Rule(rf"{norm}\.weight", r"blocks/norm\2/scale[\1]"),
+        Rule(rf"{norm}\.bias", r"blocks/norm\2/bias[\1]"),
+        Rule(rf"{layer}\.layer_scale([12])\.lambda1", r"blocks/scale\2/scale[\1]"),
+        *_mlp(layer),
+    )
+
+
+def _patch(name: str, cfg: VitConfig) -> list[Rule]:
+    sides = dict(p=cfg.patch_size, q=cfg.patch_size)
+    return [
+        Rule(rf"{name}\.weight", "patch/kernel", "E C p q -> (p q C) E", sides),
+        Rule(rf"{name}\.bias", "patch/bias"),
+    ]
+
+
+def _split_qkv(name: str, parts: dict[str, str], num_heads: int) -> list[Rule]:
+    heads = dict(N=num_heads)
+    return [
+        rule
+        for theirs, ours in parts.items()
+        for rule in (
+            Rule(
+                rf"{name}\.{theirs}\.weight",
+                rf"blocks/attn/{ours}/kernel[\1]",
+                "(N H) E -> E N H",
+                heads,
+            ),
+            Rule(
+                rf"{name}\.{theirs}\.bias",
+                rf"blocks/attn/{ours}/bias[\1]",
+                "(N H) -> N H",
+                heads,
+            ),
+        )
+    ]
+
+
+# Projectors, and a whole TimeViper's vision.
 
 # The release numbers a projector's linear layers 0, 2, 4: activations count there.
 PROJECTOR_RULES: tuple[Rule, ...] = tuple(
@@ -85,3 +278,62 @@ PROJECTOR_RULES: tuple[Rule, ...] = tuple(
         Rule(rf"projector\.{2 * layer}\.bias", f"layers/{layer}/bias"),
     )
 )
+
+
+def pair_projector_rules(names: Sequence[str]) -> tuple[Rule, ...]:
+    """The projectors of two encoders of these names <-> vision/pair.py."""
+    return tuple(
+        rule
+        for name, ours in zip(names, ("first/", "second/"), strict=True)
+        for rule in under(rf"projectors\.{name}\.", ours, PROJECTOR_RULES)
+    )
+
+
+def release_rules(cfg: EncoderConfig, names: Sequence[str]) -> tuple[Rule, ...]:
+    """Encoders and projectors of a TimeViper checkpoint <-> `vision/` `projector/`.
+
+    `names` are the release's ids of the encoders, one or two.
+    """
+    if not isinstance(cfg, PairConfig):
+        encoder = _tower("", cfg)
+        return (
+            *under(rf"vision_backbone\.{encoder}", "vision/", encoder_rules(cfg)),
+            *under(r"projector\.", "projector/", PROJECTOR_RULES),
+        )
+    return (
+        *(
+            rule
+            for name, one, ours in zip(
+                names, cfg.encoders, ("first", "second"), strict=True
+            )
+            for rule in under(
+                rf"vision_backbone\.{_tower(name, one)}",
+                f"vision/{ours}/",
+                encoder_rules(one),
+            )
+        ),
+        *under(r"projector\.", "projector/", pair_projector_rules(names)),
+    )
+
+
+def release_unused(cfg: EncoderConfig, names: Sequence[str]) -> tuple[str, ...]:
+    """Patterns of a TimeViper checkpoint's tensors that the encoders do not need."""
+    if isinstance(cfg, PairConfig):
+        towers = [
+            (_tower(name, one), one)
+            for name, one in zip(names, cfg.encoders, strict=True)
+        ]
+    else:
+        towers = [(_tower("", cfg), cfg)]
+    return tuple(
+        rf"vision_backbone\.{tower}(?:{pattern})"
+        for tower, one in towers
+        for pattern in encoder_unused(one)
+    )
+
+
+def _tower(name: str, cfg: VitConfig) -> str:
+    """What stands before an encoder's own names; `name` is its id in a pair."""
+    backbone = rf"backbones\.{name.replace('-', '_')}\." if name else ""
+    inner = r"vision_tower\." if isinstance(cfg, InternVideo2Config) else ""
+    return rf"{backbone}featurizer\.{inner}"
