@@ -158,10 +158,16 @@ def encode_missing(
         )
     else:
         videos = frames.decoded_videos(
-            sorted(missing), model.cfg.vision.image_size, num_threads=c.data.num_threads
+            sorted(missing), model.cfg.fit, num_threads=c.data.num_threads
         )
     run = encode.make_encoder(model, mesh, batch_size=c.data.encode_batch)
-    done = encode.encode_videos(videos, run, store, at_once=8 * c.data.encode_batch)
+    done = encode.encode_videos(
+        videos,
+        run,
+        store,
+        at_once=8 * c.data.encode_batch,
+        clip_frames=model.cfg.vision.clip_frames,
+    )
     for _ in tqdm(done, total=len(missing), desc="encode", unit="video"):
         if stop:
             sys.exit(STOPPED)
@@ -181,7 +187,8 @@ def text_data(
         text_tokens=task.text_tokens,
         num_segments=task.num_segments,
         tokens_per_frame=cfg.tokens_per_frame,
-        image_size=cfg.vision.image_size,
+        fit=cfg.fit,
+        clip_frames=cfg.vision.clip_frames,
         template=c.data.template,
         num_threads=c.data.num_threads,
     )

@@ -10,8 +10,17 @@ from flax import nnx
 
 from timeviper_jax.data.tokenizer import ByteTokenizer
 from timeviper_jax.llm.hybrid import HybridLM
-from timeviper_jax.presets import NANO_9B, PRESETS
+from timeviper_jax.presets import (
+    ENCODERS,
+    NANO_9B,
+    PRESETS,
+    SIGLIP_SO400M_384,
+    encoder,
+    with_encoder,
+)
 from timeviper_jax.timeviper import TimeViper
+from timeviper_jax.vision.encoder import make_encoder
+from timeviper_jax.vision.pair import PairConfig
 from timeviper_jax.vision.tome import merge_schedule
 
 
@@ -112,3 +121,82 @@ def test_initial_values_are_the_familys():
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_small_presets_know_every_byte_and_special(name):
     assert PRESETS[name].llm.vocab_size >= ByteTokenizer().vocab_size
+
+
+def _count(cfg):
+    encoder = nnx.eval_shape(lambda: make_encoder(cfg, rngs=nnx.Rngs(0)))
+    return sum(_sizes(encoder).values())
+
+
+# Pixels a side, tokens of a frame, their width, and timm's count of parameters.
+TIMM = {
+    "siglip-vit-b16-224px": (224, 196, 768, 92_884_224),
+    "siglip-vit-b16-256px": (256, 256, 768, 92_930_304),
+    "siglip-vit-b16-384px": (384, 576, 768, 93_176_064),
+    "siglip-vit-so400m": (224, 256, 1152, 427_680_704),
+    "siglip-vit-so400m-384px": (384, 729, 1152, 428_225_600),
+    "dinov2-vit-l": (224, 256, 1024, 304_370_688),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_encoders_have_their_published_sizes(name):
+    cfg = ENCODERS[name]
+    *sizes, published = TIMM[name]
+    assert [cfg.image_size, cfg.num_tokens, cfg.embed_dim] == sizes
+    E, M = cfg.embed_dim, cfg.mlp_dim
+    attention, mlp, norm = 4 * E * (E + 1), 2 * E * M + M + E, 2 * E
+    unbuilt = attention + mlp + 2 * norm + norm  # The last block, and the norm.
+    if name == "dinov2-vit-l":
+        unbuilt += 2 * E + (37**2 - 16**2) * E  # LayerScale; it was trained at 518.
+    else:
+        unbuilt += attention + mlp + norm + E  # The pool, with its query.
+    assert _count(cfg) + unbuilt == published
+
+
+def test_internvideo2_1b_has_its_published_sizes():
+    cfg = ENCODERS["internvideo2-1b-16-224px"]
+    E, M = 1408, 6144
+    assert (cfg.clip_frames, cfg.num_tokens, cfg.embed_dim) == (4, 256, E)
+    # No biases but of the projections out; norms without biases, of q and k too.
+    block = 3 * E * E + E * E + E + 2 * E * M + M + E + 6 * E
+    positions = E + (1 + 4 * 256) * E + (1 + 256) * E
+    assert _count(cfg) == 39 * block + positions + (3 * 14**2 + 1) * E == 987_337_728
+
+
+def test_two_encoders_take_the_larger_image_size():
+    pair = encoder("dinov2-vit-l+siglip-vit-so400m-384px")
+    assert isinstance(pair, PairConfig)
+    assert (pair.image_size, pair.first.num_tokens, pair.num_tokens) == (384, 729, 1458)
+    assert pair.second == SIGLIP_SO400M_384
+    cfg = with_encoder(PRESETS["tiny"], pair, "tome_mlp-16")
+    assert (cfg.tokens_per_frame, cfg.vision.shares(32)) == (32, (16, 16))
+    model = nnx.eval_shape(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
+    frames = jax.ShapeDtypeStruct((2, 384, 384, 3), "uint8")
+    features = nnx.eval_shape(lambda m, f: m.encode(f), model, frames)
+    assert features.shape == (2, 32, 1153)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_goes_with_every_projector(name):
+    merged = with_encoder(PRESETS["nano_9b"], encoder(name), "fused_tome_mlp-8")
+    width = merged.vision.embed_dim
+    assert merged.tokens_per_frame == 8
+    assert merged.projector.widths == (width, 4 * width, 4480, 4480)
+    whole = with_encoder(PRESETS["nano_9b"], encoder(name), "gelu_mlp")
+    assert whole.tokens_per_frame == merged.vision.num_tokens
+    assert whole.projector.widths == (width, 4480, 4480)
+
+
+def test_what_no_encoder_or_projector_is_called_says_why():
+    for name in ("resnet", "dinov2-vit-l+resnet", "+".join(["dinov2-vit-l"] * 3)):
+        with pytest.raises(ValueError, match="is not one of .*, nor two joined"):
+            encoder(name)
+    tiny = PRESETS["tiny"]
+    for name in ("tome_mlp", "tome_mlp-x", "mlp-16"):
+        with pytest.raises(ValueError, match=f"projector='{name}' is not gelu_mlp"):
+            with_encoder(tiny, tiny.vision, name)
+    with pytest.raises(ValueError, match=r"tokens_per_frame=17 is outside 1..16"):
+        with_encoder(tiny, tiny.vision, "tome_mlp-17")
+    with pytest.raises(ValueError, match="from width 32 to 32, but the encoder is 768"):
+        dataclasses.replace(tiny, vision=ENCODERS["siglip-vit-b16-224px"])

@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from timeviper_jax import sharding
-from timeviper_jax.presets import PRESETS
+from timeviper_jax.presets import PRESETS, encoder, with_encoder
 from timeviper_jax.timeviper import TimeViper
 
 # Those of the pods that large models are meant for, and the eight devices of the tests.
@@ -32,7 +32,11 @@ def preset(request):
 
 @pytest.fixture(scope="module")
 def shapes(preset):
-    model = nnx.eval_shape(lambda: TimeViper(PRESETS[preset], rngs=nnx.Rngs(0)))
+    return _shapes(PRESETS[preset])
+
+
+def _shapes(cfg):
+    model = nnx.eval_shape(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
     flat = nnx.to_flat_state(nnx.state(model))
     return {"/".join(map(str, path)): param.shape for path, param in flat}
 
@@ -47,6 +51,19 @@ def test_mesh_axes_divide_every_parameter(preset, shapes):
     for sizes in MESHES[preset]:
         mesh = AbstractMesh(sizes, sharding.AXES, axis_types=types)
         for path, shape in shapes.items():
+            place = jax.sharding.NamedSharding(mesh, sharding.spec_of(path))
+            assert len(place.shard_shape(shape)) == len(shape), path
+
+
+@pytest.mark.parametrize(
+    "name", ["dinov2-vit-l+siglip-vit-so400m-384px", "internvideo2-1b-16-224px"]
+)
+def test_mesh_axes_divide_other_encoders_too(name):
+    cfg = with_encoder(PRESETS["nano_9b"], encoder(name), "tome_mlp-16")
+    types = (AxisType.Auto,) * len(sharding.AXES)
+    for sizes in MESHES["nano_9b"]:
+        mesh = AbstractMesh(sizes, sharding.AXES, axis_types=types)
+        for path, shape in _shapes(cfg).items():
             place = jax.sharding.NamedSharding(mesh, sharding.spec_of(path))
             assert len(place.shard_shape(shape)) == len(shape), path
 

@@ -5,16 +5,49 @@ there is no 3B of Qwen2. A checkpoint's own config.json goes before all of this.
 """
 
 import dataclasses
+import re
 
 from timeviper_jax.llm.hybrid import HybridConfig
 from timeviper_jax.llm.transv import Stage
 from timeviper_jax.timeviper import TimeViperConfig
+from timeviper_jax.vision.dinov2 import DinoV2Config
+from timeviper_jax.vision.encoder import EncoderConfig
+from timeviper_jax.vision.internvideo2 import InternVideo2Config
+from timeviper_jax.vision.pair import PairConfig, PairProjectorConfig
 from timeviper_jax.vision.projector import ProjectorConfig
 from timeviper_jax.vision.vit import VitConfig
 
+_SIGLIP_B16 = VitConfig(
+    image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_dim=3072
+)
 SIGLIP_SO400M_384 = VitConfig(
     image_size=384, patch_size=14, embed_dim=1152, depth=27, num_heads=16, mlp_dim=4304
 )
+
+# By the release's names. SigLIP 2 has the sizes of SigLIP.
+ENCODERS: dict[str, EncoderConfig] = {
+    "siglip-vit-b16-224px": _SIGLIP_B16,
+    "siglip-vit-b16-256px": dataclasses.replace(_SIGLIP_B16, image_size=256),
+    "siglip-vit-b16-384px": dataclasses.replace(_SIGLIP_B16, image_size=384),
+    "siglip-vit-so400m": dataclasses.replace(SIGLIP_SO400M_384, image_size=224),
+    "siglip-vit-so400m-384px": SIGLIP_SO400M_384,
+    "dinov2-vit-l": DinoV2Config(
+        image_size=224,
+        patch_size=14,
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        mlp_dim=4096,
+    ),
+    "internvideo2-1b-16-224px": InternVideo2Config(
+        image_size=224,
+        patch_size=14,
+        embed_dim=1408,
+        depth=40,
+        num_heads=16,
+        mlp_dim=6144,
+    ),
+}
 
 # The paper's final setting: drop half before layer 7, keep a tenth from layer 39.
 TRANSV = (
@@ -161,3 +194,61 @@ PRESETS = {
     "qwen2_3b": _published(QWEN2_3B),
     "qwen2_7b": _published(QWEN2_7B),
 }
+
+
+def encoder(name: str) -> EncoderConfig:
+    """The encoder of this name, or of two joined by "+", for the larger image size."""
+    names = name.split("+")
+    unknown = [part for part in names if part not in ENCODERS]
+    if unknown or len(names) > 2:
+        raise ValueError(
+            f"encoder {name!r} is not one of {sorted(ENCODERS)}, nor two joined by '+'."
+        )
+    if len(names) == 1:
+        return ENCODERS[name]
+    size = max(ENCODERS[part].image_size for part in names)
+    first, second = (
+        dataclasses.replace(ENCODERS[part], image_size=size) for part in names
+    )
+    return PairConfig(first=first, second=second)
+
+
+def with_encoder(
+    cfg: TimeViperConfig, vision: EncoderConfig, projector: str
+) -> TimeViperConfig:
+    """The model with another encoder, or two, and a projector in the release's words.
+
+    Those are `gelu_mlp`, which merges no tokens, and `tome_mlp-N` and
+    `fused_tome_mlp-N`, which merge each encoder's tokens of a frame into N.
+    """
+    match = re.fullmatch(r"gelu_mlp|(fused_)?tome_mlp-(\d+)", projector)
+    if not match:
+        raise ValueError(
+            f"{projector=} is not gelu_mlp, tome_mlp-N or fused_tome_mlp-N."
+        )
+    encoders = vision.encoders if isinstance(vision, PairConfig) else (vision,)
+    projectors = [
+        ProjectorConfig(
+            vision_dim=one.embed_dim,
+            llm_dim=cfg.llm.embed_dim,
+            fused=bool(match[1]),
+            dtype=one.dtype,
+            param_dtype=one.param_dtype,
+        )
+        for one in encoders
+    ]
+    return dataclasses.replace(
+        cfg,
+        vision=vision,
+        projector=_one_or_both(projectors),
+        tokens_per_frame=len(encoders) * int(match[2] or 0) or vision.num_tokens,
+    )
+
+
+def _one_or_both(
+    projectors: list[ProjectorConfig],
+) -> ProjectorConfig | PairProjectorConfig:
+    if len(projectors) == 1:
+        return projectors[0]
+    first, second = projectors
+    return PairProjectorConfig(first=first, second=second)

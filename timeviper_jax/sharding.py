@@ -23,6 +23,9 @@ AXES = ("data", "fsdp", "tensor", "context")
 BATCH = P(("data", "fsdp"))
 _SPLIT = ("tensor", "fsdp")
 
+_ONE_OF_TWO = "(?:(?:first|second)/)?"
+_VISION = f"vision/{_ONE_OF_TWO}"
+
 # A pattern matches a whole path, and every path matches exactly one pattern.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
     # Stacked on a leading axis of layers.
@@ -40,11 +43,11 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"llm/mamba/mixer/conv_[xbc]/bias", P(None, "tensor")),
     (r"llm/mamba/mixer/norm/scale", P(None, "tensor")),
     (r"llm/(mamba|attention|mlp)/norm/scale", P()),
-    (r"vision/blocks/attn/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
-    (r"vision/blocks/attn/out/kernel", P(None, "tensor", None, "fsdp")),
-    (r"vision/blocks/mlp/up/kernel", P(None, "fsdp", "tensor")),
-    (r"vision/blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
-    (r"vision/blocks/.*/(bias|scale)", P()),
+    (rf"{_VISION}blocks/attn/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
+    (rf"{_VISION}blocks/attn/out/kernel", P(None, "tensor", None, "fsdp")),
+    (rf"{_VISION}blocks/mlp/up/kernel", P(None, "fsdp", "tensor")),
+    (rf"{_VISION}blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (rf"{_VISION}blocks/.*/(bias|scale)", P()),
     # Not stacked.
     (r"llm/embed/embedding", P(_SPLIT, None)),  # vocab D
     (r"llm/head/kernel", P(None, _SPLIT)),  # D vocab
@@ -53,11 +56,11 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"llm/transv/\d+/[qkv]/bias", P("tensor", "fsdp")),
     (r"llm/transv/\d+/out/kernel", P("tensor", "fsdp", None)),
     (r"llm/transv/\d+/alpha", P()),
-    (r"projector/layers/\d+/kernel", P("fsdp", "tensor")),
-    (r"projector/layers/\d+/bias", P()),
-    (r"vision/patch/kernel", P(None, "fsdp")),
-    (r"vision/positions", P(None, "fsdp")),
-    (r"vision/patch/bias", P()),
+    (rf"projector/{_ONE_OF_TWO}layers/\d+/kernel", P("fsdp", "tensor")),
+    (rf"projector/{_ONE_OF_TWO}layers/\d+/bias", P()),
+    (rf"{_VISION}patch/kernel", P(None, "fsdp")),
+    (rf"{_VISION}(positions|image_positions|registers)", P(None, "fsdp")),
+    (rf"{_VISION}(patch/bias|class_token)", P()),
     (r"time/embedding", P()),
 )
 

@@ -1,8 +1,8 @@
 """The model: frames and tokens in, next-token logits out.
 
 frames → vision encoder → token merging → projector → [TransV inside] hybrid language
-model → logits. A frame is encoded once and alone, so its merged features can be kept
-and take its place in a batch.
+model → logits. A frame (or clip) is encoded once and alone, so its merged features can
+be kept and take its place in a batch.
 """
 
 import dataclasses
@@ -15,13 +15,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from timeviper_jax.data.examples import Batch, Role
+from timeviper_jax.data.images import Fit, Resize, fill_of
 from timeviper_jax.layers.norm import rms_normalise
 from timeviper_jax.llm.hybrid import HybridConfig, HybridLM, Output
 from timeviper_jax.llm.stream import Stream, make_stream, take
 from timeviper_jax.llm.transv import Stage
+from timeviper_jax.vision import encoder
+from timeviper_jax.vision.encoder import EncoderConfig, make_encoder
+from timeviper_jax.vision.pair import PairProjector, PairProjectorConfig
 from timeviper_jax.vision.projector import Projector, ProjectorConfig
-from timeviper_jax.vision.tome import merge
-from timeviper_jax.vision.vit import Vit, VitConfig
+from timeviper_jax.vision.tome import Order
 
 jax.tree_util.register_dataclass(
     Batch,
@@ -34,18 +37,45 @@ jax.tree_util.register_dataclass(
 class TimeViperConfig:
     """Encoder, merging, projector and language model, and what joins them.
 
+    A frame becomes `tokens_per_frame` vision tokens, in the order `token_order` (see
+    vision/tome.py), after `resize` has made it a square (see data/images.py).
     `time_digits` > 0 tells the language model when each frame is shown: that many
     decimal digits of its whole seconds, embedded and added to the frame's tokens
     (beyond the paper). `normalise_vision` gives vision tokens the size of text
     embeddings, which an encoder without pretraining needs.
     """
 
-    vision: VitConfig
-    projector: ProjectorConfig
+    vision: EncoderConfig
+    projector: ProjectorConfig | PairProjectorConfig
     llm: HybridConfig
     tokens_per_frame: int = 16
+    token_order: Order = "raw"
+    resize: Resize = "resize-naive"
     time_digits: int = 0
     normalise_vision: bool = False
+
+    def __post_init__(self):
+        widths = self.projector.vision_dim, self.projector.llm_dim
+        if widths != (self.vision.embed_dim, self.llm.embed_dim):
+            raise ValueError(
+                f"The projector leads from width {widths[0]} to {widths[1]}, but the"
+                f" encoder is {self.vision.embed_dim} wide and the language model"
+                f" {self.llm.embed_dim}."
+            )
+        if not 1 <= self.tokens_per_frame <= self.vision.num_tokens:
+            raise ValueError(
+                f"tokens_per_frame={self.tokens_per_frame} is outside"
+                f" 1..{self.vision.num_tokens}, the tokens of a frame."
+            )
+
+    @property
+    def fit(self) -> Fit:
+        """How an image is made to fit the encoder."""
+        return Fit(
+            size=self.vision.image_size,
+            resize=self.resize,
+            fill=fill_of(self.vision.mean),
+        )
 
     def with_transv(self, stages: tuple[Stage, ...]) -> "TimeViperConfig":
         """The same model with other TransV stages."""
@@ -80,8 +110,11 @@ class TimeViper(nnx.Module):
 
     def __init__(self, cfg: TimeViperConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.vision = Vit(cfg.vision, rngs=rngs)
-        self.projector = Projector(cfg.projector, rngs=rngs)
+        self.vision = make_encoder(cfg.vision, rngs=rngs)
+        pair = isinstance(cfg.projector, PairProjectorConfig)
+        self.projector = (PairProjector if pair else Projector)(
+            cfg.projector, rngs=rngs
+        )
         self.llm = HybridLM(cfg.llm, rngs=rngs)
         if cfg.time_digits:
             self.time = TimeDigits(
@@ -97,11 +130,13 @@ class TimeViper(nnx.Module):
         return self.llm(self.embed(batch), record=record)
 
     def encode(self, frames: Num[Array, "*B H W C"]) -> Float[Array, "*B V E"]:
-        """Merged features of frames, each alone: what is worth keeping of a frame."""
-        *lead, H, W, C = frames.shape
-        features = self.vision(frames.reshape(-1, H, W, C))
-        features, _ = merge(features, self.cfg.tokens_per_frame)
-        return features.reshape(*lead, *features.shape[1:])
+        """Merged features of frames: what is worth keeping of them.
+
+        Each frame is encoded alone, or in clips: see vision/encoder.py.
+        """
+        return encoder.encode(
+            self.vision, frames, self.cfg.tokens_per_frame, order=self.cfg.token_order
+        )
 
     def project(
         self, features: Float[Array, "B F V E"], times: Float[Array, "B F"]
@@ -151,7 +186,7 @@ class TimeViper(nnx.Module):
         The mean of a frame's vision tokens against the words' embeddings: with it an
         encoder without pretraining is taught to see in the language model's terms.
         """
-        tokens = self.projector(self.encode(frames))
+        tokens = self.projector(self.encode(frames[:, None])[:, 0])
         mean = jnp.mean(rms_normalise(tokens, self.cfg.llm.norm_eps), axis=1)
         embeddings = self.llm.embed(words).astype(jnp.float32)
         sharpness = _WORD_SHARPNESS / (mean.shape[-1] * self.cfg.llm.embed_std)

@@ -11,6 +11,7 @@ import yaml
 from tests.data.conftest import read
 from timeviper_jax.data.examples import Batch, Role
 from timeviper_jax.data.features import FeatureStore
+from timeviper_jax.data.images import Fit
 from timeviper_jax.data.pipeline import DataConfig, make_batches
 from timeviper_jax.data.tokenizer import ByteTokenizer
 
@@ -72,7 +73,7 @@ def config(path, **changes):
         "num_frames": 6,
         "text_tokens": 60,
         "tokens_per_frame": 2,
-        "image_size": 16,
+        "fit": Fit(size=16),
         **changes,
     }
     return DataConfig(**fields)
@@ -121,6 +122,26 @@ def test_a_batch_has_the_frames_of_its_videos(dozen):
         assert read(batch.frames[row, :length]) == list(range(length))
         times = [i + 0.5 for i in range(length)] + [0] * (6 - length)
         assert batch.frame_times[row].tolist() == times
+
+
+def test_the_last_frame_fills_up_its_clip(dozen):
+    clips = config(dozen, num_frames=8, clip_frames=4)
+    batch = next(make_batches(clips, TOKENIZER, seed=0))
+    for row, number in enumerate(numbers(batch)):
+        length = 2 + number % 4
+        whole = 4 if length <= 4 else 8
+        assert np.sum(batch.roles[row] == Role.VISION) == 2 * whole
+        want = [min(i, length - 1) for i in range(whole)]
+        assert read(batch.frames[row, :whole]) == want
+        assert batch.frame_times[row, :whole].tolist() == [i + 0.5 for i in want]
+    with pytest.raises(ValueError, match="num_frames=6 are not whole clips of 4"):
+        config(dozen, clip_frames=4)
+
+
+def test_rows_too_short_for_a_clip_hold_images(dozen):
+    images = config(dozen, num_frames=1, clip_frames=4)
+    batch = next(make_batches(images, TOKENIZER, seed=0))
+    assert batch.frames.shape == (4, 1, 16, 16, 3)
 
 
 def test_an_epoch_has_each_item_once_and_epochs_differ(dozen):

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from absl import logging
+from jaxtyping import Float64
 
 from timeviper_jax.data import manifest, video
 from timeviper_jax.data.conversation import TEMPLATES, encode
 from timeviper_jax.data.examples import Batch, Example, RowSize, collate
 from timeviper_jax.data.features import FeatureStore
+from timeviper_jax.data.images import Fit
 from timeviper_jax.data.manifest import Item
 from timeviper_jax.data.packing import Load, first_fit
 from timeviper_jax.data.tokenizer import Tokenizer
@@ -39,7 +41,8 @@ class DataConfig:
     num_frames: int  # Of a row; longer videos are spread over as many.
     text_tokens: int  # Of a row, beside its vision tokens.
     tokens_per_frame: int
-    image_size: int
+    fit: Fit
+    clip_frames: int = 1  # The encoder sees frames in clips of this length.
     num_segments: int = 1  # Examples of a row, if their data set is packed.
     pack_window: int = 32  # Examples that are packed together.
     template: str = "nano"  # Or chatml.
@@ -48,6 +51,13 @@ class DataConfig:
     prefetch_examples: int = 16
     prefetch_batches: int = 2
     max_tries: int = 10  # For one draw, before the data are declared unusable.
+
+    def __post_init__(self):
+        if self.num_frames > self.clip_frames and self.num_frames % self.clip_frames:
+            raise ValueError(
+                f"num_frames={self.num_frames} are not whole clips of"
+                f" {self.clip_frames}; use a multiple."
+            )
 
     @property
     def row(self) -> RowSize:
@@ -188,6 +198,8 @@ def load_example(
     Raises `VideoError` for media that cannot be read, `Misfit` before reading them.
     """
     times, seconds = _frame_times(item, cfg, rng)
+    if features is None:
+        times = [_fill_clip(t, cfg) for t in times]
     text = encode(
         item.turns([len(t) for t in times], seconds, rng),
         tokenizer,
@@ -204,8 +216,8 @@ def load_example(
     _check_fits(item, example, cfg.row)
     pairs = list(zip(item.media, times, strict=True))
     if features is None:
-        none = np.zeros((0, cfg.image_size, cfg.image_size, 3), np.uint8)
-        frames = [video.read_frames(path, t, cfg.image_size) for path, t in pairs]
+        none = np.zeros((0, cfg.fit.size, cfg.fit.size, 3), np.uint8)
+        frames = [video.read_frames(path, t, cfg.fit) for path, t in pairs]
         return dataclasses.replace(example, frames=np.concatenate([none, *frames]))
     if not pairs:
         raise ValueError(
@@ -232,6 +244,15 @@ def _frame_times(
         sampling = item.dataset.sampling
         times.append(sampling.times(start, end, rng, capacity=cfg.num_frames))
     return times, seconds
+
+
+def _fill_clip(
+    times: Float64[np.ndarray, "F"], cfg: DataConfig
+) -> Float64[np.ndarray, " _"]:
+    """The last moment again, until a clip is full; rows of images have none to fill."""
+    if cfg.num_frames < cfg.clip_frames:
+        return times
+    return np.append(times, np.repeat(times[-1:], -len(times) % cfg.clip_frames))
 
 
 def _window(item: Item, path: str) -> tuple[float, float]:

@@ -91,10 +91,16 @@ def encode_missing(run: Run, paths: Iterable[str]) -> None:
     missing = sorted(path for path in set(paths) if path not in run.features)
     if not missing:
         return
-    size, threads = run.model.cfg.vision.image_size, run.config["data"]["num_threads"]
-    videos = frames.decoded_videos(missing, size, num_threads=threads)
+    cfg, threads = run.model.cfg, run.config["data"]["num_threads"]
+    videos = frames.decoded_videos(missing, cfg.fit, num_threads=threads)
     at_once = 8 * run.config["data"]["encode_batch"]
-    done = encode_videos(videos, run.encoder(), run.features, at_once=at_once)
+    done = encode_videos(
+        videos,
+        run.encoder(),
+        run.features,
+        at_once=at_once,
+        clip_frames=cfg.vision.clip_frames,
+    )
     for _ in tqdm(done, total=len(missing), desc="encode", unit="video"):
         pass
 
@@ -116,8 +122,8 @@ def encode_file(
     """
     if path in run.features:
         return run.features.at(path, times)
-    size, batch = run.model.cfg.vision.image_size, run.config["data"]["encode_batch"]
-    encode, pixels, features = run.encoder(), iter_frames(path, times, size), []
+    fit, batch = run.model.cfg.fit, run.config["data"]["encode_batch"]
+    encode, pixels, features = run.encoder(), iter_frames(path, times, fit), []
     with tqdm(total=len(times), desc="encode", unit="frame", disable=None) as bar:
         while some := list(itertools.islice(pixels, batch)):
             features.append(encode(np.stack(some)))

@@ -2,7 +2,8 @@
 
 What is kept of a frame is what `TimeViper.encode` gives: its merged tokens, before the
 projector. The encoder is compiled once, for batches of frames of one size, which
-frames of several short videos fill together.
+frames of several short videos fill together. An encoder of clips sees a video's
+consecutive frames together; the last one is repeated until its clip is full.
 """
 
 import dataclasses
@@ -31,8 +32,12 @@ def fingerprint(model: TimeViper) -> str:
             f"{jax.process_count()} hosts: encode on one, into a folder that all see."
         )
     digest = hashlib.blake2b(digest_size=16)
-    sizes = dataclasses.asdict(model.cfg.vision)
-    digest.update(repr((sizes, model.cfg.tokens_per_frame)).encode())
+    cfg = model.cfg
+    named = (dataclasses.asdict(cfg.vision), cfg.tokens_per_frame)
+    # What these usually are goes unsaid, so that the oldest stores are still found.
+    if (cfg.token_order, cfg.resize) != ("raw", "resize-naive"):
+        named = (*named, cfg.token_order, cfg.resize)
+    digest.update(repr(named).encode())
     for path, param in nnx.to_flat_state(nnx.state(model.vision)):
         digest.update("/".join(map(str, path)).encode())
         digest.update(np.ascontiguousarray(param[...]).tobytes())
@@ -42,6 +47,11 @@ def fingerprint(model: TimeViper) -> str:
 def make_encoder(model: TimeViper, mesh: Mesh, *, batch_size: int) -> Encode:
     """Returns frames → features, `batch_size` frames at a time on all devices."""
     graph, params = nnx.split(model)
+    clip = model.cfg.vision.clip_frames
+    if batch_size % clip:
+        raise ValueError(
+            f"{batch_size=} is not whole clips of {clip} frames; use a multiple."
+        )
 
     @jax.jit
     def encode(params, frames):
@@ -51,8 +61,9 @@ def make_encoder(model: TimeViper, mesh: Mesh, *, batch_size: int) -> Encode:
         parts = []
         for start in range(0, len(frames), batch_size):
             some = frames[start : start + batch_size]
-            missing = batch_size - len(some)
-            padded = np.pad(some, [(0, missing)] + [(0, 0)] * 3)
+            whole = _fill_clips(some, clip)
+            missing = batch_size - len(whole)
+            padded = np.pad(whole, [(0, missing)] + [(0, 0)] * 3)
             parts.append(encode(params, sharding.put(padded, mesh))[: len(some)])
         return np.concatenate(jax.device_get(parts))
 
@@ -65,17 +76,26 @@ def encode_videos(
     store: FeatureStore,
     *,
     at_once: int,
+    clip_frames: int = 1,
 ) -> Iterator[str]:
     """Puts the features of every video into the store; yields the videos as it does.
 
     Short videos go through the encoder together, at least `at_once` frames a time.
     """
     for group in _groups(videos, at_once):
-        features = encode(np.concatenate([frames for _, frames in group]))
-        ends = np.cumsum([len(frames) for _, frames in group])
-        for (path, _), own in zip(group, np.split(features, ends[:-1]), strict=True):
-            store.put(path, own)
+        filled = [_fill_clips(frames, clip_frames) for _, frames in group]
+        features = encode(np.concatenate(filled))
+        ends = np.cumsum([len(frames) for frames in filled])
+        for (path, frames), own in zip(
+            group, np.split(features, ends[:-1]), strict=True
+        ):
+            store.put(path, own[: len(frames)])
             yield path
+
+
+def _fill_clips(frames: Frames, clip: int) -> UInt8[np.ndarray, "_ H W 3"]:
+    """The last frame again, until its clip is full."""
+    return np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % clip, 0)])
 
 
 def _groups(

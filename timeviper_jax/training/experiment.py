@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from timeviper_jax import sharding
+from timeviper_jax import presets, sharding
 from timeviper_jax.data.tokenizer import Tokenizer
 from timeviper_jax.llm.transv import Stage as TransVStage
 from timeviper_jax.presets import PRESETS
@@ -21,6 +21,7 @@ from timeviper_jax.timeviper import TimeViper, TimeViperConfig
 from timeviper_jax.training import loss
 from timeviper_jax.training.parameters import Params, Shapes, matching, merge, split
 from timeviper_jax.training.step import Objective
+from timeviper_jax.vision.pair import replace_each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,17 +125,25 @@ def model_config(
     param_dtype: str,
     rolled: bool,
     remat: bool,
+    encoder: str = "",
+    projector: str = "tome_mlp-16",
     **changes: Any,
 ) -> TimeViperConfig:
-    """A preset's sizes, computed as a run wants; `changes` are of the whole model."""
+    """A preset's sizes, computed as a run wants; `changes` are of the whole model.
+
+    `encoder` takes the place of the preset's, with `projector` behind it: both in the
+    words of `presets.with_encoder`.
+    """
     if preset not in PRESETS:
         raise ValueError(f"{preset=} is not one of {sorted(PRESETS)}.")
     cfg = PRESETS[preset]
+    if encoder:
+        cfg = presets.with_encoder(cfg, presets.encoder(encoder), projector)
     dtypes = dict(dtype=dtype, param_dtype=param_dtype)
     return dataclasses.replace(
         cfg,
-        vision=dataclasses.replace(cfg.vision, remat=remat, **dtypes),
-        projector=dataclasses.replace(cfg.projector, **dtypes),
+        vision=replace_each(cfg.vision, remat=remat, **dtypes),
+        projector=replace_each(cfg.projector, **dtypes),
         llm=dataclasses.replace(cfg.llm, rolled=rolled, remat=remat, **dtypes),
         **changes,
     )
