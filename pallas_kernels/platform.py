@@ -1,6 +1,7 @@
 """The platform a program is being compiled for, on which the choice of kernel rests."""
 
 import jax
+from jax.sharding import AxisType
 
 
 def target_platform() -> str:
@@ -11,3 +12,18 @@ def target_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def require_local(name: str) -> None:
+    """Raises NotImplementedError where XLA would have to cut a kernel up: it cannot."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = [
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual and mesh.shape[axis] > 1
+    ]
+    if split:
+        raise NotImplementedError(
+            f"{name!r} runs on the arrays of one device, and the mesh has axes {split}:"
+            " call it under jax.shard_map."
+        )

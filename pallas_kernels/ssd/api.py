@@ -1,7 +1,6 @@
 """Public entry point of the SSD op: checks arguments, then picks an implementation."""
 
-import functools
-from collections.abc import Callable
+import logging
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -9,11 +8,16 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.platform import target_platform
 from pallas_kernels.segments import segment_starts
-from pallas_kernels.ssd import associative_scan, reference, scan
+from pallas_kernels.ssd import associative_scan, pallas_tpu, reference, scan
 
-Implementation = Literal["scan", "associative_scan", "reference"]
+Implementation = Literal["pallas_tpu", "scan", "associative_scan", "reference"]
 
-_PREFERRED: dict[str, Implementation] = {"cpu": "scan", "gpu": "scan", "tpu": "scan"}
+# The first that takes the arguments is run.
+_PREFERRED: dict[str, tuple[Implementation, ...]] = {
+    "cpu": ("scan",),
+    "gpu": ("scan",),
+    "tpu": ("pallas_tpu", "scan"),
+}
 
 
 def ssd(
@@ -49,33 +53,50 @@ def ssd(
       segment_ids: Packed sequences. The state starts from zero where the id changes,
         except to 0, which is padding; the first token continues `initial_state`.
       chunk_size: Tokens per chunk. Affects speed, not the result; on CPU about S, up
-        to 64, is best.
+        to 64, is best. The kernels have their own.
       implementation: Which one to run. By default the fastest on this platform; a
         named one is run or raises, never replaced.
 
     Returns:
       The outputs in x's dtype, and the state after the last token in float32.
+
+    Raises:
+      NotImplementedError: The named implementation does not take these arguments.
     """
     _check(x, dt, a, b, c, d, initial_state, segment_ids)
     if chunk_size < 1:
         raise ValueError(f"{chunk_size=} must be at least 1.")
-    name = implementation or _PREFERRED[target_platform()]
-    run: dict[Implementation, Callable] = {
-        "scan": functools.partial(scan.ssd, chunk_size=chunk_size),
-        "associative_scan": functools.partial(
-            associative_scan.ssd, chunk_size=chunk_size
-        ),
-        "reference": reference.ssd,
-    }
-    if name not in run:
+    if implementation not in (None, *get_args(Implementation)):
         raise ValueError(f"{implementation=} is not one of {get_args(Implementation)}.")
-
     B, _, N, P = x.shape
     if initial_state is None:
         initial_state = jnp.zeros((B, N, P, b.shape[-1]), jnp.float32)
     starts = None if segment_ids is None else segment_starts(segment_ids)
-    wide = _accumulator(x, dt, a, b, c, initial_state)
-    y, state = run[name](*wide, starts)
+    args = (x, dt, a, b, c, d, initial_state, starts, chunk_size)
+    if implementation is not None:
+        return _run(implementation, *args)
+    *kernels, fallback = _PREFERRED[target_platform()]
+    for name in kernels:
+        try:
+            return _run(name, *args)
+        except NotImplementedError as refusal:
+            # The kernel says these arguments are not its own; XLA takes them all.
+            logging.info("ssd runs as %r: %s", fallback, refusal)
+    return _run(fallback, *args)
+
+
+def _run(name: Implementation, x, dt, a, b, c, d, initial_state, starts, chunk_size):
+    """Runs one implementation. A kernel takes arrays as they are, and adds the skip."""
+    if name == "pallas_tpu":
+        d = jnp.zeros_like(a) if d is None else d
+        return pallas_tpu.ssd(x, dt, a, b, c, d, initial_state, starts)
+    wide = (*_accumulator(x, dt, a, b, c, initial_state), starts)
+    if name == "scan":
+        y, state = scan.ssd(*wide, chunk_size=chunk_size)
+    elif name == "associative_scan":
+        y, state = associative_scan.ssd(*wide, chunk_size=chunk_size)
+    else:
+        y, state = reference.ssd(*wide)
     return _add_skip(y, x, d).astype(x.dtype), state
 
 

@@ -1,0 +1,109 @@
+"""SSD on TPU: two Pallas kernels, and what XLA does around them.
+
+`tpu/forward.py` has the picture. The arrays go in as the model holds them; only dt is
+transposed (2 % of the bytes). On CPU the kernels are interpreted, for tests.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.platform import require_local, target_platform
+from pallas_kernels.ssd import scan
+from pallas_kernels.ssd.tpu import forward, pieces, plan
+from pallas_kernels.ssd.tpu.plan import BLOCK, CHUNK, Plan
+
+
+def ssd(
+    x: Float[Array, "B T N P"],
+    dt: Float[Array, "B T N"],
+    a: Float[Array, "N"],
+    b: Float[Array, "B T G S"],
+    c: Float[Array, "B T G S"],
+    d: Float[Array, "N"],
+    initial_state: Float[Array, "B N P S"],
+    starts: Bool[Array, "B T"] | None,
+) -> tuple[Float[Array, "B T N P"], Float[Array, "B N P S"]]:
+    """See `api.ssd`; x, b and c in bfloat16, or all in float32."""
+    sizes = plan.make(x, b, target_platform())
+    require_local("pallas_tpu")
+    if not x.dtype == b.dtype == c.dtype:
+        raise NotImplementedError(
+            f"x, b and c must be of one dtype: {x.dtype}, {b.dtype}, {c.dtype}."
+        )
+    B, T, N, P = x.shape
+    wide = lambda z: z.astype(jnp.float32)
+    y, state = _ssd(
+        x.reshape(B, T, N * P),
+        wide(dt),
+        wide(a),
+        b.reshape(B, T, -1),
+        c.reshape(B, T, -1),
+        wide(d),
+        wide(initial_state).reshape(B, N * P, -1),
+        starts,
+        sizes,
+    )
+    return y.reshape(x.shape), state.reshape(initial_state.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _ssd(x, dt, a, b, c, d, state, starts, sizes: Plan):
+    return _run(x, dt, a, b, c, d, state, starts, sizes)
+
+
+def _run(x, dt, a, b, c, d, state, starts, sizes: Plan, **options):
+    a = pieces.lanes_of(a * math.log2(math.e), sizes)
+    d = pieces.lanes_of(d, sizes)
+    rows = _rows(dt, sizes)
+    starts = None if starts is None else _padded(starts, sizes)[:, None]
+    return forward.run(x, rows, starts, a, d, b, c, state, sizes, **options)
+
+
+def _rows(dt: Float[Array, "B T N"], sizes: Plan) -> Float[Array, "B X R T2"]:
+    """Time along the lanes, padded to whole blocks with dt = 0."""
+    shape = (sizes.batch, -1, sizes.heads, sizes.blocks * BLOCK)
+    return jnp.swapaxes(_padded(dt, sizes), 1, 2).reshape(shape)
+
+
+def _padded(z: Array, sizes: Plan) -> Float[Array, "B T2 ..."]:
+    rest = [(0, 0)] * (z.ndim - 2)
+    behind = sizes.blocks * BLOCK - sizes.tokens
+    return jnp.pad(z.astype(jnp.float32), [(0, 0), (0, behind), *rest])
+
+
+def _forward(x, dt, a, b, c, d, state, starts, sizes: Plan):
+    return _ssd(x, dt, a, b, c, d, state, starts, sizes), (
+        *(x, dt, a, b, c, d, state),
+        starts,
+    )
+
+
+def _backward(sizes: Plan, residuals, cotangents):
+    """The gradient of the same function as XLA's scan computes it."""
+    *arrays, starts = residuals
+
+    def by_scan(x, dt, a, b, c, d, state):
+        B, T, N, P = sizes.batch, sizes.tokens, a.size, sizes.head_dim
+        wide = lambda z, *rest: z.astype(jnp.float32).reshape(B, T, *rest)
+        y, last = scan.ssd(
+            wide(x, N, P),
+            dt,
+            a,
+            wide(b, sizes.groups, sizes.state_dim),
+            wide(c, sizes.groups, sizes.state_dim),
+            state.reshape(B, N, P, sizes.state_dim),
+            starts,
+            chunk_size=CHUNK,
+        )
+        y = y + d[:, None] * wide(x, N, P)
+        return y.reshape(x.shape).astype(x.dtype), last.reshape(state.shape)
+
+    _, pull = jax.vjp(by_scan, *arrays)
+    return (*pull(cotangents), None)
+
+
+_ssd.defvjp(_forward, _backward)
