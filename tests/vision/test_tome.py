@@ -90,6 +90,24 @@ def test_of_equal_tokens_the_earlier_merge_first():
     np.testing.assert_array_equal(merged, np.ones((1, 5, 16)))
 
 
+@pytest.mark.parametrize("shape", [(729, 1152), (17, 64)])
+def test_equal_tokens_tie_exactly_wherever_they_stand(shape):
+    # Two kinds of tokens, at right angles: all decisions of the step are ties.
+    V, E = shape
+    rng = np.random.default_rng(0)
+    kinds = np.zeros((2, E), np.float32)
+    kinds[0, ::2], kinds[1, 1::2] = rng.normal(size=(2, E // 2))
+    kind = rng.integers(0, 2, V)
+    keep = V - V // 4
+    _, sizes = jitted_merge(kinds[kind][None], keep)
+    sources, destinations = kind[::2], kind[1::2]
+    first = [np.flatnonzero(destinations == k)[0] for k in (0, 1)]
+    merged = np.arange(len(sources)) < V - keep  # All are 1 away: the earliest merge.
+    want = np.ones(len(destinations))
+    np.add.at(want, [first[k] for k in sources[merged]], 1)
+    np.testing.assert_array_equal(sizes[0, -len(destinations) :], want)
+
+
 def test_orders_sort_by_size_and_keep_the_raw_order_of_equals():
     tokens = _tokens(2, 33, 32)
     raw, sizes = jitted_merge(tokens, 8)
