@@ -22,7 +22,7 @@ from timeviper_jax.llm.stream import Stream, make_stream, take
 from timeviper_jax.llm.transv import Stage
 from timeviper_jax.vision import encoder
 from timeviper_jax.vision.encoder import EncoderConfig, make_encoder
-from timeviper_jax.vision.pair import PairProjector, PairProjectorConfig
+from timeviper_jax.vision.pair import PairConfig, PairProjector, PairProjectorConfig
 from timeviper_jax.vision.projector import Projector, ProjectorConfig
 from timeviper_jax.vision.tome import Order
 
@@ -62,6 +62,13 @@ class TimeViperConfig:
                 f" encoder is {self.vision.embed_dim} wide and the language model"
                 f" {self.llm.embed_dim}."
             )
+        if self.resize == "letterbox" and isinstance(self.vision, PairConfig):
+            first, second = (fill_of(one.mean) for one in self.vision.encoders)
+            if first != second:
+                raise ValueError(
+                    f"The encoders letterbox with {first} and {second}, and share their"
+                    " frames; use resize-naive or resize-crop."
+                )
         if not 1 <= self.tokens_per_frame <= self.vision.num_tokens:
             raise ValueError(
                 f"tokens_per_frame={self.tokens_per_frame} is outside"

@@ -111,6 +111,17 @@ def test_gradients_reach_both_projectors(model, encoded):
         assert np.isfinite(grad[...]).all() and jnp.abs(grad[...]).max() > 0, path
 
 
+def test_two_encoders_letterbox_alike_or_not_at_all():
+    grey = dataclasses.replace(IMAGES, mean=(0.5, 0.5, 0.5))
+    pair = PairConfig(first=grey, second=CLIPS)
+    cfg = with_encoder(PRESETS["tiny"], pair, "tome_mlp-3")
+    with pytest.raises(ValueError, match=r"with \(127, 127, 127\) and \(123, 116, 103"):
+        dataclasses.replace(cfg, resize="letterbox")
+    pair = PairConfig(first=IMAGES, second=CLIPS)
+    cfg = with_encoder(PRESETS["tiny"], pair, "tome_mlp-3")
+    assert dataclasses.replace(cfg, resize="letterbox").fit.fill == (123, 116, 103)
+
+
 def test_a_pair_that_does_not_fit_says_why():
     pair = PairConfig(first=IMAGES, second=CLIPS)
     assert pair.shares(32) == (16, 16) and pair.shares(6) == (3, 3)

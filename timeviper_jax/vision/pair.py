@@ -44,7 +44,7 @@ class PairConfig:
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """Of the first: what frames that both see are padded with."""
+        """The first one's."""
         return self.first.mean
 
     @property
