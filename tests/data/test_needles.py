@@ -31,6 +31,7 @@ SMALL = needles.NeedlesConfig(
     train_glimpses=20,
     reel=128,
     train_32=8,
+    train_128=1,
     train_512=1,
     train_files_32=1,
     heldout_32=6,
@@ -232,9 +233,9 @@ def test_splits_share_no_frame_of_a_clip():
     shown = {}
     for split, part in needle_sources.HAYSTACKS.items():
         for setting in part.settings:
-            frames = part.frames(setting)
-            assert len(frames) >= needle_sources.SHOT, (split, setting)
-            shown[split, setting] = {(setting.clip, i) for i in frames}
+            for piece in part.pieces(setting):
+                assert len(piece) >= needle_sources.SHOT, (split, setting)
+                shown[split, setting, piece] = {(setting.clip, i) for i in piece}
     places = list(shown.values())
     assert sum(map(len, places)) == len(set.union(*places))
 
@@ -258,8 +259,8 @@ def test_a_pool_is_drawn_from_its_own_frames(monkeypatch):
     numbered = [Image.new("RGB", (80, 64), (i, i, i)) for i in range(200)]
     monkeypatch.setattr(needle_sources, "load_clip", lambda path: numbered)
     one = (needle_sources.Setting("bikes.mp4", 20, 180),)
-    parts = {"train": dict(stop=0.5), "heldout": dict(start=0.7)}
-    parts = {k: needle_sources.HaystackPart(one, **v) for k, v in parts.items()}
+    shares = {"train": ((0.0, 0.2), (0.3, 0.5)), "heldout": ((0.7, 1.0),)}
+    parts = {k: needle_sources.HaystackPart(one, v) for k, v in shares.items()}
     monkeypatch.setattr(needle_sources, "HAYSTACKS", parts)
     seen = {}
     for split in parts:
@@ -385,7 +386,7 @@ def test_the_default_data_set_is_as_large_as_promised():
     seconds, mcq = collections.Counter(), collections.Counter()
     for file in files:
         seconds[file.split] += file.seconds
-    assert seconds == {"train": 139_520, "heldout": 156_544, "heldout_views": 7_040}
+    assert seconds == {"train": 170_240, "heldout": 156_544, "heldout_views": 7_040}
     for file in files:
         if file.split == "heldout":
             for scene in needles.plan(file, cfg):
@@ -459,7 +460,7 @@ def test_other_settings_in_the_same_place_are_an_error(data):
 
 def test_describe_counts_what_is_there(data):
     text = needles.describe(data)
-    assert "15 videos" in text
+    assert "16 videos" in text
     (row,) = [row.split() for row in text.splitlines() if "heldout_views" in row]
     items = needles.read_lines(data / "heldout_views.jsonl")
     kinds = collections.Counter(item["needle"]["kind"] for item in items)

@@ -22,7 +22,7 @@ class RenderConfig:
     """How frames look and how they are encoded."""
 
     size: int = 64  # Pixels, even.
-    shots: int = 384  # Different shots in the pool of a split.
+    shots: int = 768  # Different shots in the pool of a split.
     shot_frames: tuple[int, int] = (2, sources.SHOT)
     photo_share: tuple[float, float] = (0.6875, 1.0)  # 44 to 64 of 64 pixels.
     crf: int = 25

@@ -84,25 +84,24 @@ CLIPS = tuple(dict.fromkeys(setting.clip for setting in SETTINGS))
 
 @dataclasses.dataclass(frozen=True)
 class HaystackPart:
-    """The share of each setting's running time that a split is made from."""
+    """The shares of each setting's running time that a split is made from."""
 
     settings: tuple[Setting, ...]
-    start: float = 0.0
-    stop: float = 1.0
+    shares: tuple[tuple[float, float], ...]
 
-    def frames(self, setting: Setting) -> range:
+    def pieces(self, setting: Setting) -> list[range]:
         """The frames of its clip that the split may use."""
         length = setting.stop - setting.first
-        low, high = round(self.start * length), round(self.stop * length)
-        return range(setting.first + low, setting.first + high)
+        at = lambda share: setting.first + round(share * length)
+        return [range(at(start), at(stop)) for start, stop in self.shares]
 
 
-# Training and held-out moments of a setting are disjoint, with a gap between them;
-# the setting of the last split is seen in no other.
+# Held-out moments lie between those of training, with gaps; the setting of the last
+# split is seen in no other.
 HAYSTACKS = {
-    "train": HaystackPart(SETTINGS, stop=0.5),
-    "heldout": HaystackPart(SETTINGS, start=0.7),
-    "heldout_views": HaystackPart((Setting("bikes.mp4", 187, 242),)),
+    "train": HaystackPart(SETTINGS, ((0.0, 0.3), (0.7, 1.0))),
+    "heldout": HaystackPart(SETTINGS, ((0.36, 0.64),)),
+    "heldout_views": HaystackPart((Setting("bikes.mp4", 187, 242),), ((0.0, 1.0),)),
 }
 
 
@@ -285,6 +284,6 @@ def haystack(seed: int, split: str, shots: int, size: int) -> Haystack:
     rng = np.random.default_rng([seed, list(HAYSTACKS).index(split), 1])
     part, clips = HAYSTACKS[split], []
     for setting in part.settings:
-        allowed = part.frames(setting)
-        clips.append(load_clip(clip_path(setting.clip))[allowed.start : allowed.stop])
+        frames = load_clip(clip_path(setting.clip))
+        clips += [frames[at.start : at.stop] for at in part.pieces(setting)]
     return draw_haystack(rng, clips, shots, size)

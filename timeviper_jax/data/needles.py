@@ -46,6 +46,7 @@ SPLITS = ("train", "heldout", "heldout_views")
 GLIMPSES = "glimpses"
 VOCABULARY = 512
 MOST_FRAMES = 10_240
+PACK_SIZE = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,9 @@ class NeedlesConfig:
 
     seed: int = 0
     reel: int = 10_240  # Seconds in a training file of many scenes.
-    train_32: int = 2_560  # Scenes in reels.
-    train_512: int = 100  # Scenes in reels.
+    train_32: int = 1_920  # Scenes in reels, as the next two.
+    train_128: int = 320
+    train_512: int = 120
     train_glimpses: int = 24_000  # Questions about a few moments of a reel.
     train_files_32: int = 200  # Files of one scene each, as all that follow.
     heldout_32: int = 220
@@ -110,7 +112,11 @@ def list_files(cfg: NeedlesConfig) -> list[File]:
     """Every file of the data set."""
     wanted = [
         ("train", f"reel{length:05d}", lengths)
-        for length, scenes in ((32, cfg.train_32), (512, cfg.train_512))
+        for length, scenes in (
+            (32, cfg.train_32),
+            (128, cfg.train_128),
+            (512, cfg.train_512),
+        )
         for lengths in _reels(length, scenes, cfg.reel)
     ]
     for split, length, count in (
@@ -194,11 +200,17 @@ def make(out: pathlib.Path, cfg: NeedlesConfig, workers: int) -> None:
 
 
 def _dataset(split: str, name: str) -> str:
-    """An entry of `data.yaml`: every second of a scene, however long."""
+    """An entry of `data.yaml`: every second of a scene, however long.
+
+    In training, short scenes may share a row with others.
+    """
+    form = "conversation"
+    if split == "train":
+        form = f"conversation_packed\n    pack_size: {PACK_SIZE}"
     return f"""\
   - name: needles_{name}
     split: {split}
-    format: conversation
+    format: {form}
     json_path: {name}.jsonl
     data_path: .
     dataset_type: video
