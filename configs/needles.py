@@ -10,8 +10,8 @@ python train.py --config configs/needles.py --sweep_index 1 --workdir runs/needl
 An encoder that has seen nothing is warmed up on single frames and then frozen; from its
 stored features the language model learns to answer: first about glimpses, a few moments
 far apart, then about scenes of 32 seconds, then of 32 to 512 packed into the same rows.
-An `arm` goes on from there: with nothing dropped, with nine vision tokens in ten dropped,
-or with TransV at that rate.
+An `arm` goes on from there: with nothing dropped, with nine vision tokens in ten
+dropped, or with TransV at that rate.
 `smoke` trains four steps of each stage on a few videos that it makes first.
 """
 
