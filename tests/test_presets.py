@@ -19,6 +19,7 @@ from timeviper_jax.presets import (
     with_encoder,
 )
 from timeviper_jax.timeviper import TimeViper
+from timeviper_jax.training.experiment import model_config
 from timeviper_jax.vision.encoder import make_encoder
 from timeviper_jax.vision.pair import PairConfig
 from timeviper_jax.vision.tome import merge_schedule
@@ -186,6 +187,19 @@ def test_every_encoder_goes_with_every_projector(name):
     whole = with_encoder(PRESETS["nano_9b"], encoder(name), "gelu_mlp")
     assert whole.tokens_per_frame == merged.vision.num_tokens
     assert whole.projector.widths == (width, 4480, 4480)
+
+
+def test_a_run_names_its_encoder_and_projector():
+    how = dict(dtype="bfloat16", param_dtype="float32", rolled=False, remat=True)
+    names = "dinov2-vit-l+siglip-vit-b16-224px"
+    cfg = model_config("tiny", encoder=names, projector="fused_tome_mlp-8", **how)
+    assert cfg.tokens_per_frame == 16
+    for one, projector in zip(
+        cfg.vision.encoders, (cfg.projector.first, cfg.projector.second), strict=True
+    ):
+        assert one.remat and one.dtype == projector.dtype == "bfloat16"
+        assert projector.fused and projector.vision_dim == one.embed_dim
+    assert model_config("tiny", **how).vision.embed_dim == 32
 
 
 def test_what_no_encoder_or_projector_is_called_says_why():

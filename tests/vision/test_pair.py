@@ -13,6 +13,7 @@ from flax import nnx
 from tests.golden_cases import load, under
 from timeviper_jax.conversion.load import load_params
 from timeviper_jax.conversion.vision import pair_projector_rules
+from timeviper_jax.data.examples import Batch, Role
 from timeviper_jax.presets import PRESETS, with_encoder
 from timeviper_jax.timeviper import TimeViper
 from timeviper_jax.vision.dinov2 import DinoV2Config
@@ -102,6 +103,24 @@ def test_a_token_projects_alone_as_in_its_frame(model, encoded):
     np.testing.assert_allclose(alone.reshape(whole.shape), whole, atol=1e-6)
     kept = features.astype(jnp.float16)  # As features are stored.
     np.testing.assert_allclose(model.project(kept, times), whole, atol=2e-2)
+
+
+def test_stored_features_take_the_place_of_clips(model, encoded):
+    frames, features = encoded
+    roles = np.full((2, 30), Role.INSTRUCTION, np.int32)
+    roles[:, 2:26] = Role.VISION
+    batch = Batch(
+        tokens=np.ones((2, 30), np.int32),
+        roles=roles,
+        segment_ids=np.ones((2, 30), np.int32),
+        loss_mask=np.zeros((2, 30), bool),
+        frames=jnp.asarray(frames),
+        frame_times=np.zeros((2, 4), np.float32),
+    )
+    embed = tiny.quick_jit(lambda model, batch: model.embed(batch).x)
+    want = embed(model, batch)
+    stored = dataclasses.replace(batch, frames=None, features=features)
+    np.testing.assert_allclose(embed(model, stored), want, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_reach_both_projectors(model, encoded):
