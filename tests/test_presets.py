@@ -192,7 +192,7 @@ def test_every_encoder_goes_with_every_projector(name):
 def test_a_run_names_its_encoder_and_projector():
     how = dict(dtype="bfloat16", param_dtype="float32", rolled=False, remat=True)
     names = "dinov2-vit-l+siglip-vit-b16-224px"
-    cfg = model_config("tiny", encoder=names, projector="fused_tome_mlp-8", **how)
+    cfg = model_config("tiny", encoder=names, arch="fused_tome_mlp-8", **how)
     assert cfg.tokens_per_frame == 16
     for one, projector in zip(
         cfg.vision.encoders, (cfg.projector.first, cfg.projector.second), strict=True

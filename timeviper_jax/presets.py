@@ -210,7 +210,7 @@ def encoder(name: str) -> EncoderConfig:
     first, second = (
         dataclasses.replace(ENCODERS[part], image_size=size) for part in names
     )
-    return PairConfig(first=first, second=second)
+    return PairConfig(first=first, second=second, names=(names[0], names[1]))
 
 
 def with_encoder(

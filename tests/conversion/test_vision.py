@@ -190,8 +190,8 @@ def test_a_pair_in_a_timeviper_checkpoint_has_its_places():
             published |= {f"{stem}.weight": shape, f"{stem}.bias": shape[:1]}
     params = _shapes(cfg, TimeViper)
     params = {p: s for p, s in params.items() if p.startswith(("vision", "projector"))}
-    rules = release_rules(cfg.vision, names)
-    unused = release_unused(cfg.vision, names)
+    rules = release_rules(cfg.vision)
+    unused = release_unused(cfg.vision)
     _assert_names_fit(published, params, rules, unused)
 
 

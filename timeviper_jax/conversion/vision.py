@@ -289,51 +289,37 @@ def pair_projector_rules(names: Sequence[str]) -> tuple[Rule, ...]:
     )
 
 
-def release_rules(cfg: EncoderConfig, names: Sequence[str]) -> tuple[Rule, ...]:
-    """Encoders and projectors of a TimeViper checkpoint <-> `vision/` `projector/`.
-
-    `names` are the release's ids of the encoders, one or two.
-    """
-    if not isinstance(cfg, PairConfig):
-        encoder = _tower("", cfg)
-        return (
-            *under(rf"vision_backbone\.{encoder}", "vision/", encoder_rules(cfg)),
-            *under(r"projector\.", "projector/", PROJECTOR_RULES),
-        )
-    return (
-        *(
-            rule
-            for name, one, ours in zip(
-                names, cfg.encoders, ("first", "second"), strict=True
-            )
-            for rule in under(
-                rf"vision_backbone\.{_tower(name, one)}",
-                f"vision/{ours}/",
-                encoder_rules(one),
-            )
-        ),
-        *under(r"projector\.", "projector/", pair_projector_rules(names)),
-    )
+def release_rules(cfg: EncoderConfig) -> tuple[Rule, ...]:
+    """Encoders and projectors of a TimeViper checkpoint <-> `vision/` `projector/`."""
+    encoders = [
+        rule
+        for theirs, ours, one in _towers(cfg)
+        for rule in under(theirs, ours, encoder_rules(one))
+    ]
+    pair = isinstance(cfg, PairConfig)
+    projectors = pair_projector_rules(cfg.names) if pair else PROJECTOR_RULES
+    return (*encoders, *under(r"projector\.", "projector/", projectors))
 
 
-def release_unused(cfg: EncoderConfig, names: Sequence[str]) -> tuple[str, ...]:
+def release_unused(cfg: EncoderConfig) -> tuple[str, ...]:
     """Patterns of a TimeViper checkpoint's tensors that the encoders do not need."""
-    if isinstance(cfg, PairConfig):
-        towers = [
-            (_tower(name, one), one)
-            for name, one in zip(names, cfg.encoders, strict=True)
-        ]
-    else:
-        towers = [(_tower("", cfg), cfg)]
     return tuple(
-        rf"vision_backbone\.{tower}(?:{pattern})"
-        for tower, one in towers
+        f"{theirs}(?:{pattern})"
+        for theirs, _, one in _towers(cfg)
         for pattern in encoder_unused(one)
     )
 
 
-def _tower(name: str, cfg: VitConfig) -> str:
-    """What stands before an encoder's own names; `name` is its id in a pair."""
-    backbone = rf"backbones\.{name.replace('-', '_')}\." if name else ""
-    inner = r"vision_tower\." if isinstance(cfg, InternVideo2Config) else ""
-    return rf"{backbone}featurizer\.{inner}"
+def _towers(cfg: EncoderConfig) -> list[tuple[str, str, VitConfig]]:
+    """What stands before each encoder's own names, and before its parameters."""
+    if isinstance(cfg, PairConfig):
+        safe = [name.replace("-", "_") for name in cfg.names]
+        theirs = [rf"vision_backbone\.backbones\.{name}\." for name in safe]
+        towers = zip(theirs, ("first/", "second/"), cfg.encoders, strict=True)
+    else:
+        towers = [(r"vision_backbone\.", "", cfg)]
+    inner = {InternVideo2Config: r"vision_tower\."}
+    return [
+        (rf"{theirs}featurizer\.{inner.get(type(one), '')}", f"vision/{ours}", one)
+        for theirs, ours, one in towers
+    ]

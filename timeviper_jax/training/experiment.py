@@ -126,19 +126,19 @@ def model_config(
     rolled: bool,
     remat: bool,
     encoder: str = "",
-    projector: str = "tome_mlp-16",
+    arch: str = "tome_mlp-16",
     **changes: Any,
 ) -> TimeViperConfig:
     """A preset's sizes, computed as a run wants; `changes` are of the whole model.
 
-    `encoder` takes the place of the preset's, with `projector` behind it: both in the
-    words of `presets.with_encoder`.
+    `encoder` takes the place of the preset's, with the projector `arch` behind it: both
+    in the words of `presets.with_encoder`.
     """
     if preset not in PRESETS:
         raise ValueError(f"{preset=} is not one of {sorted(PRESETS)}.")
     cfg = PRESETS[preset]
     if encoder:
-        cfg = presets.with_encoder(cfg, presets.encoder(encoder), projector)
+        cfg = presets.with_encoder(cfg, presets.encoder(encoder), arch)
     dtypes = dict(dtype=dtype, param_dtype=param_dtype)
     return dataclasses.replace(
         cfg,

@@ -21,10 +21,11 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairConfig:
-    """Two encoders for frames of the same size."""
+    """Two encoders for frames of the same size; `names` are theirs in checkpoints."""
 
     first: VitConfig
     second: VitConfig
+    names: tuple[str, str] = ("first", "second")
 
     def __post_init__(self):
         sizes = (self.first.image_size, self.second.image_size)
@@ -138,7 +139,8 @@ def replace_each(cfg: Config, **changes: object) -> Config:
     """`cfg` with these fields changed; of a pair, both of its configs."""
     if not isinstance(cfg, PairConfig | PairProjectorConfig):
         return dataclasses.replace(cfg, **changes)
-    return type(cfg)(
+    return dataclasses.replace(
+        cfg,
         first=dataclasses.replace(cfg.first, **changes),
         second=dataclasses.replace(cfg.second, **changes),
     )
