@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.platform import require_local, target_platform
-from pallas_kernels.ssd import scan
-from pallas_kernels.ssd.tpu import forward, pieces, plan
-from pallas_kernels.ssd.tpu.plan import BLOCK, CHUNK, Plan
+from pallas_kernels.ssd.tpu import backward, forward, pieces, plan
+from pallas_kernels.ssd.tpu.plan import BLOCK, Plan
 
 
 def ssd(
@@ -56,11 +55,15 @@ def _ssd(x, dt, a, b, c, d, state, starts, sizes: Plan):
 
 
 def _run(x, dt, a, b, c, d, state, starts, sizes: Plan, **options):
-    a = pieces.lanes_of(a * math.log2(math.e), sizes)
-    d = pieces.lanes_of(d, sizes)
-    rows = _rows(dt, sizes)
+    rows, starts, per_head = _arranged(dt, starts, a, d, sizes)
+    return forward.run(x, rows, starts, *per_head, b, c, state, sizes, **options)
+
+
+def _arranged(dt, starts, a, d, sizes: Plan):
+    """What is small, in the kernels' layout: decay rates in units of log 2."""
     starts = None if starts is None else _padded(starts, sizes)[:, None]
-    return forward.run(x, rows, starts, a, d, b, c, state, sizes, **options)
+    per_head = (a * math.log2(math.e), d)
+    return _rows(dt, sizes), starts, [pieces.lanes_of(z, sizes) for z in per_head]
 
 
 def _rows(dt: Float[Array, "B T N"], sizes: Plan) -> Float[Array, "B X R T2"]:
@@ -76,34 +79,29 @@ def _padded(z: Array, sizes: Plan) -> Float[Array, "B T2 ..."]:
 
 
 def _forward(x, dt, a, b, c, d, state, starts, sizes: Plan):
-    return _ssd(x, dt, a, b, c, d, state, starts, sizes), (
-        *(x, dt, a, b, c, d, state),
-        starts,
+    y, last, saved = _run(
+        *(x, dt, a, b, c, d, state, starts, sizes),
+        blocks_per_save=sizes.blocks_per_span,
     )
+    return (y, last), (x, dt, a, b, c, d, starts, saved)
 
 
 def _backward(sizes: Plan, residuals, cotangents):
-    """The gradient of the same function as XLA's scan computes it."""
-    *arrays, starts = residuals
-
-    def by_scan(x, dt, a, b, c, d, state):
-        B, T, N, P = sizes.batch, sizes.tokens, a.size, sizes.head_dim
-        wide = lambda z, *rest: z.astype(jnp.float32).reshape(B, T, *rest)
-        y, last = scan.ssd(
-            wide(x, N, P),
-            dt,
-            a,
-            wide(b, sizes.groups, sizes.state_dim),
-            wide(c, sizes.groups, sizes.state_dim),
-            state.reshape(B, N, P, sizes.state_dim),
-            starts,
-            chunk_size=CHUNK,
-        )
-        y = y + d[:, None] * wide(x, N, P)
-        return y.reshape(x.shape).astype(x.dtype), last.reshape(state.shape)
-
-    _, pull = jax.vjp(by_scan, *arrays)
-    return (*pull(cotangents), None)
+    x, dt, a, b, c, d, starts, saved = residuals
+    dy, dlast = cotangents
+    rows, starts, per_head = _arranged(dt, starts, a, d, sizes)
+    out = backward.run(x, dy, rows, starts, *per_head, b, c, saved, dlast, sizes)
+    ddt = out.ddt.reshape(sizes.batch, a.size, -1)[..., : sizes.tokens]
+    return (
+        out.dx,
+        jnp.swapaxes(ddt, 1, 2),
+        out.da.sum((0, 3)).reshape(a.shape),
+        out.db.sum(0).astype(b.dtype),
+        out.dc.sum(0).astype(c.dtype),
+        out.dd.sum((0, 3)).reshape(d.shape),
+        out.dstate,
+        None,
+    )
 
 
 _ssd.defvjp(_forward, _backward)

@@ -10,6 +10,7 @@ CHUNKS = 2  # Chunks in one step of the grid.
 BLOCK = CHUNK * CHUNKS
 LANES = 128
 Shaped = jax.Array | jax.ShapeDtypeStruct
+_BLOCKS_PER_SPAN = 8  # 2,048 tokens: saved states take 10 % of Nano-9B's inputs.
 _MAX_WIDTH = 1536  # Channels in one step of the grid: what is unrolled and kept.
 
 
@@ -38,6 +39,11 @@ class Plan:
     def blocks(self) -> int:
         """Blocks of time."""
         return -(-self.tokens // BLOCK)
+
+    @property
+    def blocks_per_span(self) -> int:
+        """Blocks from one state saved for the backward kernel to the next."""
+        return min(_BLOCKS_PER_SPAN, self.blocks)
 
     @property
     def ragged(self) -> bool:

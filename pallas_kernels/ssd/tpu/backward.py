@@ -1,0 +1,410 @@
+"""The backward kernel: one pass in reverse, states made again from sparse ones.
+
+Time is cut into spans that start with a saved state. Taking them from the last, a span
+is walked twice: forwards, to put the state before every chunk and what its decays are
+into VMEM, then backwards with `ds`, the cotangent of the state behind the chunk.
+
+With k the earlier token and m the later, L_mk = exp(c_m - c_k) where m may see k, and
+o and e the decays from the chunk's start and to its end, for each head:
+
+  dx_k    = dt_k (sum_m L_mk (c_m . b_k) dy_m  +  e_k ds b_k)  +  d dy_k
+  dc_m    = sum_k L_mk dt_k (dy_m . x_k) b_k  +  o_m dy_m^T s
+  db_k    = sum_m L_mk dt_k (dy_m . x_k) c_m  +  e_k dt_k x_k^T ds
+  ds     <- o_end ds  +  sum_m o_m dy_m c_m^T
+
+The gradient of the log decay of token t is the sum of all terms that its decay is a
+factor of: those from a k < t to an m >= t, from the state before to an m >= t, from a
+k < t to the state behind, and from state to state. Terms from k to m enter as what m
+receives less what k sends, both summed from the same float32 numbers, without k = m:
+nothing but float32 rounding is left of a pair that does not cross t.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ssd.tpu import pieces
+from pallas_kernels.ssd.tpu.pieces import head_rows, matmul, sum_along, turned
+from pallas_kernels.ssd.tpu.plan import BLOCK, CHUNK, CHUNKS, LANES, Plan
+
+_AHEAD, _BEHIND = 4, 4  # As in forward.py.
+
+
+class Span(NamedTuple):
+    """What the walk forwards leaves in VMEM, chunk by chunk."""
+
+    x: jax.Array  # W L: on its side.
+    state: jax.Array  # W S: before the chunk, as matmuls read it.
+    dt: jax.Array  # R L
+    total: jax.Array  # R L: the running sum of log decay.
+    from_start: jax.Array  # R L
+    to_end: jax.Array  # R L: without dt, unlike the forward kernel's.
+    across: jax.Array  # R S
+    total_down: jax.Array  # L R
+    scores: jax.Array  # L L: c_m . b_k, m down the rows.
+    ceiling: jax.Array  # L L: of the exponents: 0, or -inf where m may not see k.
+    b_side: jax.Array  # S L
+    c_side: jax.Array  # S L
+
+
+def _span_shapes(plan: Plan, dtype) -> Span:
+    W, R, L, S = plan.width, plan.heads, CHUNK, plan.state_dim
+    rows = [(R, L)] * 4
+    shapes = [(W, L), (W, S), *rows, (R, S), (L, R), (L, L), (L, L), (S, L), (S, L)]
+    dtypes = [dtype] * 2 + [jnp.float32] * 8 + [dtype] * 2
+    return Span(
+        *(
+            pltpu.VMEM((plan.blocks_per_span * CHUNKS, *shape), kind)
+            for shape, kind in zip(shapes, dtypes, strict=True)
+        )
+    )
+
+
+class _Inputs(NamedTuple):
+    x: jax.Array
+    dy: jax.Array
+    dt: jax.Array
+    starts: jax.Array
+    a: jax.Array
+    d: jax.Array
+    b: jax.Array
+    c: jax.Array
+    saved: jax.Array
+    last: jax.Array
+
+
+class _Outputs(NamedTuple):
+    dx: jax.Array
+    ddt: jax.Array
+    da: jax.Array
+    dd: jax.Array
+    db: jax.Array
+    dc: jax.Array
+    dstate: jax.Array
+
+
+def _later() -> tuple[jax.Array, jax.Array]:
+    """Masks L L: the row's token no earlier than the lane's, and later than it."""
+    row, lane = (lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i) for i in (0, 1))
+    return row >= lane, row > lane
+
+
+def _keep_decays(t, slot, refs: _Inputs, span: Span, inside, rows_of, packed: bool):
+    """Everything about a chunk but its x and its state."""
+    time = slice(t * CHUNK, (t + 1) * CHUNK)
+    before = pieces.earlier_or_same()
+    seen, _ = _later()
+    dt = jnp.where(inside, refs.dt[0, 0, :, time], 0.0)
+    total = sum_along(dt * refs.a[0], before)
+    last = total[:, CHUNK - 1 :]
+    from_start = jnp.exp2(total)
+    to_end = jnp.exp2(last - total)
+    across = jnp.exp2(jnp.broadcast_to(last, span.across.shape[1:]))
+    if packed:
+        starts = jnp.where(inside, refs.starts[0, :, time], 0.0)
+        run = sum_along(jnp.broadcast_to(starts, (8, CHUNK)), before)
+        run_down, run = run.T[:, :1], run[:1]
+        leaving = run[:, CHUNK - 1 :]
+        from_start = jnp.where(run == 0, from_start, 0.0)
+        to_end = jnp.where(run == leaving, to_end, 0.0)
+        across = jnp.where(leaving == 0, across, 0.0)
+        seen &= run == run_down
+    span.dt[slot], span.total[slot] = dt, total
+    span.from_start[slot], span.to_end[slot] = from_start, to_end
+    span.across[slot], span.total_down[slot] = across, total.T
+    dtype = refs.b.dtype
+    span.b_side[slot] = turned(rows_of(refs.b, t), dtype)
+    span.c_side[slot] = turned(rows_of(refs.c, t), dtype)
+    span.scores[slot] = matmul(rows_of(refs.c, t), span.b_side[slot])
+    span.ceiling[slot] = jnp.where(seen, 0.0, -jnp.inf)
+
+
+def _walk_forwards(refs, span, state, place, inside, rows_of, plan, packed):
+    """Puts one block's chunks into `span`, and moves the state behind them."""
+    dtype = refs.x.dtype
+    slots = [place * CHUNKS + t for t in range(CHUNKS)]
+    for t, slot in enumerate(slots):
+        _keep_decays(t, slot, refs, span, inside, rows_of, packed)
+    for t, slot in enumerate(slots):
+        for tile in pieces.tiles(plan.width):
+            span.x[slot, tile] = turned(rows_of(refs.x, t, tile), dtype)
+    for t, slot in enumerate(slots):
+        b = rows_of(refs.b, t)
+        span.state[slot] = state[...].astype(dtype)
+        weight = span.to_end[slot] * span.dt[slot]
+        for h in range(plan.heads):
+            rows, one = head_rows(h, plan.head_dim), slice(h, h + 1)
+            x = span.x[slot, rows].astype(jnp.float32) * weight[one]
+            own = matmul(x.astype(dtype), b)
+            state[rows] = state[rows] * span.across[slot, one] + own
+
+
+class _Work(NamedTuple):
+    """Scratch for each chunk of a block, on its side."""
+
+    dy: jax.Array  # W L
+    dx: jax.Array  # W L
+    dy_start: jax.Array  # W L: dy, decayed from the chunk's start.
+    x_end: jax.Array  # W L: x dt, decayed to the chunk's end.
+    dstate: jax.Array  # W S: behind the chunk, as matmuls read it.
+    received: jax.Array  # L R: of the terms between tokens, what the later one gets.
+    sent: jax.Array  # R L: and what the earlier one gives.
+    from_start: jax.Array  # R L: terms from the state before.
+    to_end: jax.Array  # R L: terms to the state behind.
+    direct: jax.Array  # R L: what dt gets as a factor of x.
+    across: jax.Array  # R S: terms from state to state.
+    dscores: jax.Array  # L L
+
+
+def _work_shapes(plan: Plan, dtype) -> _Work:
+    W, R, L, S = plan.width, plan.heads, CHUNK, plan.state_dim
+    f32 = jnp.float32
+    wide = [((W, L), f32)] * 2 + [((W, L), dtype)] * 2 + [((W, S), dtype)]
+    small = [((L, R), f32)] + [((R, L), f32)] * 4 + [((R, S), f32), ((L, L), f32)]
+    return _Work(*(pltpu.VMEM((CHUNKS, *shape), kind) for shape, kind in wide + small))
+
+
+def _chunk_backwards(t, slot, refs, out, span, all_work, rows_of, plan: Plan):
+    """Gradients of one chunk's tokens; moves `out.dstate` before the chunk."""
+    time = slice(t * CHUNK, (t + 1) * CHUNK)
+    work = _Work(*(z.at[t] for z in all_work))
+    dtype, P = refs.x.dtype, plan.head_dim
+    _, later = _later()
+
+    def turn_in(tile):
+        work.dy[tile] = turned(rows_of(refs.dy, t, tile), jnp.float32)
+
+    def turn_out(tile):
+        out.dx[0, time, tile] = turned(work.dx[tile], out.dx.dtype)
+
+    def weigh(h):
+        exponent = span.total_down[slot, :, h : h + 1] - span.total[slot, h : h + 1]
+        decay = jnp.exp2(jnp.minimum(exponent, span.ceiling[slot]))
+        return decay, (span.scores[slot] * decay).astype(dtype)
+
+    def multiply(h, decay, weights):
+        rows, one = head_rows(h, P), slice(h, h + 1)
+        dy, x = work.dy[rows], span.x[slot, rows].astype(jnp.float32)
+        xdt = x * span.dt[slot, one]
+        dy_start = (dy * span.from_start[slot, one]).astype(dtype)
+        dstate = out.dstate[0, rows].astype(dtype)
+        work.x_end[rows] = (xdt * span.to_end[slot, one]).astype(dtype)
+        work.dy_start[rows], work.dstate[rows] = dy_start, dstate
+        return (
+            decay,
+            matmul(rows_of(refs.dy, t, rows), xdt.astype(dtype)),
+            matmul(dy.astype(dtype), weights),
+            matmul(dstate, span.b_side[slot]),
+            matmul(span.state[slot, rows], span.c_side[slot]),
+            matmul(dy_start, rows_of(refs.c, t)),
+        )
+
+    def finish(h, decay, pairs, inside, behind, before, own):
+        rows, one = head_rows(h, P), slice(h, h + 1)
+        down = lambda z: jnp.sum(z, 0, keepdims=True)
+        dy, x = work.dy[rows], span.x[slot, rows].astype(jnp.float32)
+        dt, across = span.dt[slot, one], span.across[slot, one]
+        behind = behind * span.to_end[slot, one]
+        pairs = pairs * decay
+        work.dscores[...] = pairs if h == 0 else work.dscores[...] + pairs
+        terms = jnp.where(later, pairs * span.scores[slot], 0.0)
+        work.received[:, one] = jnp.sum(terms, 1, keepdims=True)
+        work.sent[one] = down(terms)
+        work.from_start[one] = down(dy * before) * span.from_start[slot, one]
+        to_end = down(x * behind)
+        work.to_end[one] = to_end * dt
+        inside = inside + behind
+        work.direct[one] = down(x * inside)
+        work.dx[rows] = inside * dt + dy * refs.d[0, one]
+        out.dd[0, 0, one] += down(x * dy)
+        dstate = out.dstate[0, rows]
+        state = span.state[slot, rows].astype(jnp.float32)
+        work.across[one] = down(dstate * state) * across
+        out.dstate[0, rows] = dstate * across + own
+
+    weights, products = {}, {}
+    behind = min(_BEHIND, plan.heads - 1)
+
+    def head(i):
+        if i + _AHEAD < plan.heads:
+            weights[i + _AHEAD] = weigh(i + _AHEAD)
+        if 0 <= i < plan.heads:
+            products[i] = multiply(i, *weights.pop(i))
+        if i >= behind:
+            finish(i - behind, *products.pop(i - behind))
+
+    def decays():
+        seen, _ = _later()
+        dlog = sum_along(
+            work.received[...].T - work.sent[...] + work.from_start[...], seen
+        )
+        dlog += sum_along(work.to_end[...], ~seen)
+        dlog += jnp.sum(work.across[...], 1, keepdims=True)
+        out.ddt[0, 0, :, time] = work.direct[...] + refs.a[0] * math.log(2) * dlog
+        out.da[0, 0] += span.dt[slot] * dlog
+
+    def dc():
+        own = matmul(work.dscores[...].astype(dtype), rows_of(refs.b, t))
+        dy_start = turned(work.dy_start[...], dtype)
+        own += matmul(dy_start, span.state[slot])
+        out.dc[0, 0, time] = own.astype(out.dc.dtype)
+
+    def db():
+        own = matmul(turned(work.dscores[...], dtype), rows_of(refs.c, t))
+        own += matmul(turned(work.x_end[...], dtype), work.dstate[...])
+        out.db[0, 0, time] = own.astype(out.db.dtype)
+
+    tiles = pieces.tiles(plan.width)
+    for tile in tiles:
+        turn_in(tile)
+    for i in range(-_AHEAD, plan.heads + behind):
+        head(i)
+    dc()
+    for tile in tiles:
+        turn_out(tile)
+    db()
+    decays()
+
+
+def _walk_backwards(refs, out, span, work, place, rows_of, plan: Plan):
+    """The chunks of a block, the last first."""
+    for t in reversed(range(CHUNKS)):
+        slot = place * CHUNKS + t
+        _chunk_backwards(t, slot, refs, out, span, work, rows_of, plan)
+
+
+def _kernel(*refs, plan: Plan, spans: int, packed: bool):
+    refs = list(refs)
+    take = lambda kind: kind(*(refs.pop(0) for _ in kind._fields))
+    inputs, out, span, work = take(_Inputs), take(_Outputs), take(Span), take(_Work)
+    (state,) = refs
+    row, part, nth, step = (pl.program_id(i) for i in range(4))
+    half = plan.blocks_per_span
+    forwards = step < half
+    place = jnp.where(forwards, step, 2 * half - 1 - step)
+    block = (spans - 1 - nth) * half + place
+
+    def rows_of(ref, t, channels=slice(None)):
+        first = block * BLOCK + t * CHUNK
+        rows = ref[0, t * CHUNK : (t + 1) * CHUNK, channels]
+        cut = plan.ragged or plan.blocks % half != 0
+        return pieces.valid_rows(rows, first, plan.tokens, cut)
+
+    @pl.when((nth == 0) & (step == 0))
+    def _():
+        channels = pl.ds(part * plan.width, plan.width)
+        pltpu.sync_copy(inputs.last.at[row, channels], out.dstate.at[0])
+        out.da[...] = jnp.zeros_like(out.da)
+        out.dd[...] = jnp.zeros_like(out.dd)
+
+    @pl.when(step == 0)
+    def _():
+        pltpu.sync_copy(inputs.saved.at[0, 0], state)
+
+    @pl.when(forwards)
+    def _():
+        inside = block < plan.blocks
+        _walk_forwards(inputs, span, state, place, inside, rows_of, plan, packed)
+
+    @pl.when(~forwards)
+    def _():
+        _walk_backwards(inputs, out, span, work, place, rows_of, plan)
+
+
+def run(
+    x: jax.Array,
+    dy: jax.Array,
+    dt: jax.Array,
+    starts: jax.Array | None,
+    a: jax.Array,
+    d: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    saved: jax.Array,
+    dlast: jax.Array,
+    plan: Plan,
+) -> _Outputs:
+    """Runs the kernel on arrays as forward.run has them, `saved` from there.
+
+    da and dd come with 128 parts of each sum, db and dc [parts B T G*S] with one for
+    each part of a group's heads, ddt on its side like dt.
+    """
+    W, S, R, parts = plan.width, plan.state_dim, plan.heads, plan.parts
+    spans, half = saved.shape[1], plan.blocks_per_span
+    packed = starts is not None
+    if starts is None:
+        starts = jnp.zeros((plan.batch, 1, BLOCK), jnp.float32)
+
+    def block(place):
+        return lambda n, s: jnp.minimum(
+            (spans - 1 - n) * half + place(s), plan.blocks - 1
+        )
+
+    # Where one of the two walks does not need an array, it stays for the other.
+    back = block(lambda s: 2 * half - 1 - jnp.maximum(s, half))
+    forth = block(lambda s: jnp.minimum(s, half - 1))
+    both = block(lambda s: jnp.where(s < half, s, 2 * half - 1 - s))
+    tokens = lambda at: pl.BlockSpec((1, BLOCK, W), lambda i, g, n, s: (i, at(n, s), g))
+    rows = lambda at: pl.BlockSpec(
+        (1, 1, R, BLOCK), lambda i, g, n, s: (i, g, 0, at(n, s))
+    )
+    maps = pl.BlockSpec((1, BLOCK, S), lambda i, g, n, s: (i, both(n, s), g // parts))
+    dmaps = pl.BlockSpec(
+        (1, 1, BLOCK, S), lambda i, g, n, s: (g % parts, i, back(n, s), g // parts)
+    )
+    per_head = pl.BlockSpec((1, R, LANES), lambda i, g, n, s: (g, 0, 0))
+    sums = pl.BlockSpec((1, 1, R, LANES), lambda i, g, n, s: (i, g, 0, 0))
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    f32 = jnp.float32
+    dmap = jax.ShapeDtypeStruct((parts, *b.shape), b.dtype if parts == 1 else f32)
+    sum_shape = jax.ShapeDtypeStruct((plan.batch, plan.groups * parts, R, LANES), f32)
+    outputs = _Outputs(
+        dx=(tokens(back), jax.ShapeDtypeStruct(x.shape, x.dtype)),
+        ddt=(rows(back), jax.ShapeDtypeStruct(dt.shape, f32)),
+        da=(sums, sum_shape),
+        dd=(sums, sum_shape),
+        db=(dmaps, dmap),
+        dc=(dmaps, dmap),
+        dstate=(
+            pl.BlockSpec((1, W, S), lambda i, g, n, s: (i, g, 0)),
+            jax.ShapeDtypeStruct(dlast.shape, f32),
+        ),
+    )
+    starts_at = forth if packed else lambda n, s: 0
+    inputs = _Inputs(
+        x=tokens(forth),
+        dy=tokens(back),
+        dt=rows(forth),
+        starts=pl.BlockSpec((1, 1, BLOCK), lambda i, g, n, s: (i, 0, starts_at(n, s))),
+        a=per_head,
+        d=per_head,
+        b=maps,
+        c=maps,
+        saved=pl.BlockSpec((1, 1, W, S), lambda i, g, n, s: (i, spans - 1 - n, g, 0)),
+        last=anywhere,
+    )
+    out = pl.pallas_call(
+        functools.partial(_kernel, plan=plan, spans=spans, packed=packed),
+        grid=(plan.batch, plan.groups * parts, spans, 2 * half),
+        in_specs=list(inputs),
+        out_specs=[spec for spec, _ in outputs],
+        out_shape=[shape for _, shape in outputs],
+        scratch_shapes=[
+            *_span_shapes(plan, x.dtype),
+            *_work_shapes(plan, x.dtype),
+            pltpu.VMEM((W, S), f32),
+        ],
+        interpret=plan.interpret,
+        name="ssd_backward",
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=64 << 20,
+        ),
+    )(x, dy, dt, starts, a, d, b, c, saved, dlast)
+    return _Outputs(*out)
