@@ -11,6 +11,7 @@ from tests.golden_cases import load, under
 from timeviper_jax.conversion.load import load_params, save_params
 from timeviper_jax.conversion.rules import place, write_plan
 from timeviper_jax.conversion.vision import (
+    config_from_json,
     encoder_rules,
     encoder_unused,
     internvideo2_rules,
@@ -236,3 +237,41 @@ def test_positions_of_another_size_are_resized_as_they_are_loaded():
     table = table[:, 1:26]
     want = resize_grid(table[0], 3, antialias=True)
     np.testing.assert_allclose(rule.load(table), want, atol=1e-12)
+
+
+def test_published_configs_are_the_presets():
+    # As they stand beside SigLIP's and DINOv2's tensors.
+    siglip = {
+        "model_type": "siglip",
+        "text_config": {"hidden_size": 1152},
+        "vision_config": {
+            "hidden_size": 1152,
+            "image_size": 384,
+            "intermediate_size": 4304,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+        },
+    }
+    assert config_from_json(siglip) == ENCODERS["siglip-vit-so400m-384px"]
+    base = {"model_type": "siglip", "vision_config": {}}
+    assert config_from_json(base) == ENCODERS["siglip-vit-b16-224px"]
+    dinov2 = {
+        "model_type": "dinov2_with_registers",
+        "hidden_size": 1024,
+        "image_size": 518,
+        "mlp_ratio": 4,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "num_register_tokens": 4,
+        "patch_size": 14,
+        "use_swiglu_ffn": False,
+    }
+    assert config_from_json(dinov2) == dataclasses.replace(
+        ENCODERS["dinov2-vit-l"], image_size=518, class_position=True
+    )
+    with pytest.raises(ValueError, match="use_swiglu_ffn=True is not supported"):
+        config_from_json(dinov2 | {"use_swiglu_ffn": True})
+    with pytest.raises(ValueError, match="model_type='clip' is not siglip"):
+        config_from_json({"model_type": "clip"})

@@ -10,7 +10,11 @@ from PIL import Image
 from tests.parity.peers import peer
 from timeviper_jax.conversion.load import load_params, save_params
 from timeviper_jax.conversion.rules import place
-from timeviper_jax.conversion.vision import encoder_rules, encoder_unused
+from timeviper_jax.conversion.vision import (
+    config_from_json,
+    encoder_rules,
+    encoder_unused,
+)
 from timeviper_jax.data.images import Fit, fill_of, normalise
 from timeviper_jax.presets import ENCODERS
 from timeviper_jax.vision.dinov2 import DinoV2Config
@@ -146,7 +150,8 @@ def test_transformers_siglip(tmp_path):
     model, pixels = _randomise(transformers.SiglipVisionModel(config)), _pixels(56)
     with torch.no_grad():
         states = model(torch.from_numpy(pixels), output_hidden_states=True)
-    cfg = VitConfig(image_size=56, depth=3, mlp_dim=96, **SIZES)
+    cfg = config_from_json(config.to_dict())
+    assert cfg == VitConfig(image_size=56, depth=3, mlp_dim=96, **SIZES)
     tensors = _on_disk(model, tmp_path)
     encoder = _loaded(cfg, tensors, "transformers")
     _assert_features(encoder, pixels, states.hidden_states[2])
@@ -175,6 +180,7 @@ def test_transformers_dinov2_with_registers(tmp_path):
         class_position=True,
         **SIZES,
     )
+    assert config_from_json(config.to_dict()) == cfg
     tensors = _on_disk(model, tmp_path)
     encoder = _loaded(cfg, tensors, "transformers")
     _assert_features(encoder, pixels, states.hidden_states[2][:, 4:])

@@ -7,8 +7,8 @@ heads are left aside. Positions for another image size are resized as they are l
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Shaped
@@ -72,6 +72,42 @@ def encoder_unused(cfg: VitConfig) -> tuple[str, ...]:
     heads = r"(attn_pool|head|clip_projector)\..*"
     return last, norms, heads, r"clip_pos_embed|embeddings\.mask_token"
 
+
+def config_from_json(config: Mapping[str, Any]) -> VitConfig:
+    """The encoder of a transformers `config.json`: SigLIP, or DINOv2 with registers.
+
+    What such a file leaves out is as transformers has it.
+    """
+    kind = config.get("model_type")
+    if kind == "siglip":  # Both towers; SigLIP 2 at one image size says so too.
+        return config_from_json({"model_type": _SIGLIP, **config["vision_config"]})
+    if kind not in (_SIGLIP, _DINOV2):
+        raise ValueError(f"model_type={kind!r} is not siglip, {_SIGLIP} or {_DINOV2}.")
+    width = config.get("hidden_size", 768)
+    sizes = dict(
+        image_size=config.get("image_size", 224),
+        patch_size=config.get("patch_size", 16),
+        embed_dim=width,
+        depth=config.get("num_hidden_layers", 12),
+        num_heads=config.get("num_attention_heads", 12),
+        norm_eps=config.get("layer_norm_eps", 1e-6),
+    )
+    if kind == _SIGLIP:
+        return VitConfig(**sizes, mlp_dim=config.get("intermediate_size", 3072))
+    for name, wanted in (("use_swiglu_ffn", False), ("qkv_bias", True)):
+        if config.get(name, wanted) != wanted:
+            raise ValueError(
+                f"{name}={config[name]!r} is not supported, only {wanted!r}."
+            )
+    return DinoV2Config(
+        **sizes,
+        mlp_dim=int(width * config.get("mlp_ratio", 4)),
+        num_registers=config.get("num_register_tokens", 4),
+        class_position=True,
+    )
+
+
+_SIGLIP, _DINOV2 = "siglip_vision_model", "dinov2_with_registers"
 
 # timm's names.
 
