@@ -17,7 +17,7 @@ demo: setup
 	$(RUN) -m timeviper_jax.benchmarks.needles
 
 claim: setup
-	$(RUN) -m timeviper_jax.benchmarks.needles --workdir runs/claim --seeds 3
+	$(RUN) -m timeviper_jax.benchmarks.needles --seeds 3
 
 test: setup lint
 	$(PYTEST) -m "not slow"
