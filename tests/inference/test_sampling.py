@@ -33,6 +33,12 @@ def test_tokens_are_drawn_as_often_as_they_should(options, want):
     np.testing.assert_allclose(frequencies(**options), want, atol=0.03)
 
 
+def test_of_equal_tokens_no_more_are_drawn_than_the_top_k():
+    decoding = Decoding(temperature=1.0, top_k=2)
+    drawn = sample(jnp.zeros((400, 4)), jax.random.key(0), decoding)
+    assert len(set(np.asarray(drawn).tolist())) == 2
+
+
 def test_options_that_mean_nothing_are_errors():
     for options in (dict(top_p=0.0), dict(temperature=-1.0), dict(max_tokens=0)):
         with pytest.raises(ValueError, match="must|lies"):

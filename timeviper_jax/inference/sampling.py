@@ -40,8 +40,10 @@ def sample(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / decoding.temperature
     if 0 < decoding.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, decoding.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        # So many and no more, where logits in bfloat16 are often equal.
+        values, best = jax.lax.top_k(logits, decoding.top_k)
+        rows = jnp.arange(len(logits))[:, None]
+        logits = jnp.full_like(logits, -jnp.inf).at[rows, best].set(values)
     if decoding.top_p < 1:
         logits = jnp.where(_in_nucleus(logits, decoding.top_p), logits, -jnp.inf)
     return jax.random.categorical(key, logits).astype(jnp.int32)

@@ -74,10 +74,10 @@ class Cache:
         How many slots are used is not known while a program is traced: there only what
         can never fit is found, and the caller counts the rest.
         """
-        if not self.attention.k.shape[0]:
-            return  # States of fixed size hold any number of tokens.
         used = self.slots.used
-        used = 0 if isinstance(used, jax.core.Tracer) else int(used)
+        # States of fixed size hold any number of tokens, in calls that fit the slots.
+        counted = self.attention.k.shape[0] and not isinstance(used, jax.core.Tracer)
+        used = int(used) if counted else 0
         if used + tokens > self.capacity:
             raise ValueError(
                 f"The cache holds {self.capacity} tokens, {used} are in it and {tokens}"
