@@ -53,11 +53,32 @@ def test_the_published_config_is_the_preset():
 
 
 @pytest.mark.parametrize(
+    "names",
+    [("mamba", "attention", "mlp"), ("linear_attention", "full_attention", "mlp")],
+)
+def test_newer_configs_list_their_blocks(names):
+    blocks = [dict(zip("M*-", names, strict=True))[kind] for kind in NANO_9B.pattern]
+    config = {k: v for k, v in NANO_JSON.items() if k != "hybrid_override_pattern"}
+    config["layers_block_type"] = blocks
+    assert config_from_json(config) == config_from_json(NANO_JSON)
+
+
+def test_the_config_says_how_dt_is_bounded():
+    config = NANO_JSON | {"time_step_limit": [0.01, 1.0], "time_step_min": 0.001}
+    assert config_from_json(config).dt_limit == (0.01, 1.0)
+    floored = config_from_json(config, dt_from="time_step_min")
+    assert floored.dt_limit == (0.001, float("inf"))
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
         ({"attention_bias": True}, "attention_bias=True is not supported, only False"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act='silu' is not supported"),
         ({"num_hidden_layers": 55}, "55 layers and a pattern of 56"),
+        ({"layers_block_type": ["mamba", "moe"]}, r"Blocks \['moe'\] are not among"),
+        ({"layers_block_type": ["mamba", "mlp"]}, "listed blocks, 'M-', differ"),
+        ({"hybrid_override_pattern": ""}, "56 layers and a pattern of 0"),
         ({"merge_module": "Average"}, "merge_module='Average' is not CrossAttention"),
         ({"pdrop_type": "uni_7_0.5-top_9_0.1"}, "'top_9_0.1' in 'uni_7_0.5-top_9_0.1'"),
         ({"pdrop_type": "uni_7"}, "'uni_7' in 'uni_7' is not TYPE_LAYER_KEEP"),

@@ -17,7 +17,6 @@ from timeviper_jax.llm.transv import Stage
 
 # Ours -> the release's config.json.
 _FIELDS = {
-    "pattern": "hybrid_override_pattern",
     "vocab_size": "vocab_size",
     "embed_dim": "hidden_size",
     "mlp_dim": "intermediate_size",
@@ -46,6 +45,14 @@ _FIXED = {
     "mlp_hidden_act": "relu2",
     "mamba_hidden_act": "silu",
 }
+# Newer files list their blocks by name, in one of two fashions.
+_BLOCKS = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "mlp": "-",
+}
 # The release's types of stage -> (select, transfer).
 _STAGE_TYPES = {
     "uni": ("uniform", True),
@@ -70,17 +77,34 @@ def config_from_json(
     """
     check_present(config, _FIELDS.values())
     check_fixed(config, _FIXED)
-    pattern = config["hybrid_override_pattern"]
+    return HybridConfig(
+        pattern=_pattern(config),
+        **{ours: config[theirs] for ours, theirs in _FIELDS.items()},
+        dt_limit=_dt_limit(config, dt_from),
+        transv=read_stages(config),
+    )
+
+
+def _pattern(config: Mapping[str, Any]) -> str:
+    """One character a layer, however the file says it."""
+    names = config.get("layers_block_type") or config.get("layer_types") or ()
+    if unknown := sorted(set(names) - set(_BLOCKS)):
+        raise ValueError(f"Blocks {unknown} are not among {sorted(_BLOCKS)}.")
+    listed = "".join(_BLOCKS[name] for name in names)
+    pattern = config.get("hybrid_override_pattern", listed)
+    if not pattern:
+        check_present(config, ["hybrid_override_pattern"])
+    if listed and listed != pattern:
+        raise ValueError(
+            f"hybrid_override_pattern={pattern!r} and the listed blocks, {listed!r},"
+            " differ; mend config.json."
+        )
     if config.get("num_hidden_layers", len(pattern)) != len(pattern):
         raise ValueError(
             f"{config['num_hidden_layers']} layers and a pattern of {len(pattern)},"
             f" {pattern!r}; mend config.json."
         )
-    return HybridConfig(
-        **{ours: config[theirs] for ours, theirs in _FIELDS.items()},
-        dt_limit=_dt_limit(config, dt_from),
-        transv=read_stages(config),
-    )
+    return pattern
 
 
 def _dt_limit(config: Mapping[str, Any], dt_from: str) -> tuple[float, float]:
