@@ -13,8 +13,9 @@ from flax import nnx
 from golden_cases import load
 
 from timeviper_jax.data.examples import Batch, Example, Role, RowSize, collate
+from timeviper_jax.llm.transv import Stage
 from timeviper_jax.presets import PRESETS
-from timeviper_jax.timeviper import TimeDigits, TimeViper
+from timeviper_jax.timeviper import TimeDigits, TimeViper, with_stages
 
 RECORDED = dict(atol=2e-5, rtol=0)  # In float32 by other arithmetic.
 FLOAT32 = dict(atol=1e-5, rtol=1e-5)
@@ -205,3 +206,19 @@ def test_vision_tokens_can_be_given_the_size_of_text():
     project = tiny.quick_jit(lambda m, f: m.project(f, jnp.zeros((1, 3))))
     sizes = jnp.sqrt(jnp.mean(project(model, features) ** 2, axis=-1))
     np.testing.assert_allclose(sizes, cfg.llm.embed_std, rtol=1e-4)
+
+
+def test_a_model_may_drop_where_it_was_not_trained_to(model, separate):
+    drop = Stage(layer=2, keep=0.5, transfer=False)
+    later = TINY.llm.transv[1]
+    other = with_stages(model, (drop, later))
+    assert other.cfg.llm.transv == (drop, later)
+    batch = collate([[e] for e in EXAMPLES], SEPARATE)
+    output = tiny.quick_jit(lambda m, b: m.forward(b))(other, batch)
+    text = sum(role != Role.VISION for role in EXAMPLES[0].roles)
+    assert np.sum(output.kept[0][0] >= 0) == text + 6
+    assert np.sum(output.kept[1][0] >= 0) == text + 3
+    alpha = other.llm.transv[0].alpha[...]
+    np.testing.assert_array_equal(alpha, model.llm.transv[1].alpha[...])
+    with pytest.raises(ValueError, match=r"no transfer at layers \[2\], only at"):
+        with_stages(model, (dataclasses.replace(drop, transfer=True),))

@@ -90,6 +90,35 @@ class TimeViperConfig:
         return dataclasses.replace(self, llm=llm)
 
 
+def with_stages(model: "TimeViper", stages: tuple[Stage, ...]) -> "TimeViper":
+    """The same parameters in a model that thins its vision tokens otherwise.
+
+    A stage may drop without a transfer in any model, trained for it or not. One that
+    transfers takes the transfer that the model has at its layer.
+
+    Raises:
+      ValueError: The model has no transfer at a layer where a stage asks for one.
+    """
+    old = [stage.layer for stage in model.cfg.llm.transv if stage.transfer]
+    new = [stage.layer for stage in stages if stage.transfer]
+    if missing := sorted(set(new) - set(old)):
+        raise ValueError(
+            f"The model has no transfer at layers {missing}, only at {old}; drop there"
+            " with transfer=False, or train one."
+        )
+    cfg = model.cfg.with_transv(stages)
+    other = nnx.eval_shape(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
+    params = []
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        if path[:2] == ("llm", "transv"):
+            if old[path[2]] not in new:
+                continue
+            path = (*path[:2], new.index(old[path[2]]), *path[3:])
+        params.append((path, param))
+    nnx.update(other, nnx.from_flat_state(params))
+    return other
+
+
 class TimeDigits(nnx.Module):
     """Embeds a time by the decimal digits of its whole seconds, one table a digit.
 

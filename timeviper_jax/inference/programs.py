@@ -23,7 +23,7 @@ from timeviper_jax.layers.cache import Cache
 from timeviper_jax.layers.layout import Layout
 from timeviper_jax.llm.hybrid import HybridConfig
 from timeviper_jax.llm.transv import Transfer
-from timeviper_jax.timeviper import TimeViper, TimeViperConfig
+from timeviper_jax.timeviper import TimeViper, TimeViperConfig, with_stages
 
 Layers = tuple[int, int]
 
@@ -59,15 +59,8 @@ class Programs:
 
 def split_transv(model: TimeViper) -> tuple[TimeViperConfig, nnx.State]:
     """The model as if it had no TransV, and its parameters."""
-    cfg = model.cfg.with_transv(())
-    bare = nnx.eval_shape(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
-    params = [
-        (path, param)
-        for path, param in nnx.to_flat_state(nnx.state(model))
-        if path[:2] != ("llm", "transv")
-    ]
-    nnx.update(bare, nnx.from_flat_state(params))
-    return cfg, nnx.state(bare)
+    bare = with_stages(model, ())
+    return bare.cfg, nnx.state(bare)
 
 
 @functools.lru_cache
