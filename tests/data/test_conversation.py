@@ -1,6 +1,7 @@
 """Prompts as the model was trained on them, token by token."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from timeviper_jax.data.conversation import (
     Media,
     Turn,
     encode,
+    encode_follow_up,
     encode_prompt,
 )
 from timeviper_jax.data.examples import Role
@@ -75,6 +77,19 @@ def test_later_turns_are_text_and_their_answers_targets():
         "ttttttttttttttttvviiiiiiiiiiiiiiiiiaaaattttttttttttttttttttttttaaaa",
         "...................................xxxx........................xxxx",
     )
+
+
+@pytest.mark.parametrize("template, end", [(NANO, "\n"), (CHATML, "")])
+def test_a_follow_up_goes_on_where_the_answer_stopped(template, end):
+    turns = [QUESTION, Turn("assistant", ("Me",)), Turn("user", ("Sure?",))]
+    options = dict(tokens_per_frame=1, answer_prefix="I")
+    whole = encode_prompt(turns, TOKENIZER, template, **options)
+    first = encode_prompt(turns[:1], TOKENIZER, template, tokens_per_frame=1)
+    answer = TOKENIZER.encode("Me" + end)
+    later = encode_follow_up(("Sure?",), TOKENIZER, template, answer_prefix="I")
+    together = [*first.tokens, *answer, *later.tokens]
+    assert together == whole.tokens.tolist()
+    assert later.roles.tolist() == whole.roles[-len(later.roles) :].tolist()
 
 
 def test_text_between_media_is_no_instruction():

@@ -55,7 +55,14 @@ def check(viewer: Viewer, example: Example, tokens, logits) -> None:
     assert viewer.ask(memory, [question], decoding=DECODING) == [tokens.tolist()]
 
 
-@pytest.mark.parametrize("case", ["vlm_nano_generate_plain", "vlm_nano_generate_pdrop"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "vlm_nano_generate_plain",
+        "vlm_nano_generate_pdrop",
+        "vlm_qwen2_generate_plain",
+    ],
+)
 def test_recorded_answers_about_frames(monkeypatch, case):
     description, arrays = load(case)
     visual = arrays["out.visual_embeddings"]

@@ -30,6 +30,8 @@ STAGES = {
         Stage(layer=3, keep=0.2),
     ),
     "layer0": (Stage(layer=0, keep=0.3),),
+    "plain": (),
+    "plain_uniform_attention": (UNIFORM, ATTENTION),
 }
 V = 2  # Tokens a frame.
 SIZES = dataclasses.replace(
@@ -38,6 +40,13 @@ SIZES = dataclasses.replace(
     time_digits=3,
     llm=dataclasses.replace(
         PRESETS["tiny"].llm, log_base=8.0, pattern="M*-*", transv=()
+    ),
+)
+# The same with a plain transformer, which attends and ranks at the same layers.
+PLAIN = dataclasses.replace(
+    SIZES,
+    llm=dataclasses.replace(
+        tiny.QWEN, pattern="-*-*", vocab_size=272, embed_dim=32, tied=True
     ),
 )
 CFG = ViewerConfig(
@@ -53,7 +62,8 @@ CFG = ViewerConfig(
 
 @functools.cache
 def model(stages: str) -> TimeViper:
-    cfg = SIZES.with_transv(STAGES[stages])
+    sizes = PLAIN if stages.startswith("plain") else SIZES
+    cfg = sizes.with_transv(STAGES[stages])
     return tiny.build(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
 
 
@@ -139,7 +149,9 @@ def test_the_chunk_size_changes_nothing(chunk, text_chunk):
     np.testing.assert_allclose(got, one_pass("uniform_attention", asked), **FLOAT32)
 
 
-@pytest.mark.parametrize("stages", ["none", "uniform_attention"])
+@pytest.mark.parametrize(
+    "stages", ["none", "uniform_attention", "plain_uniform_attention"]
+)
 def test_decoding_step_by_step_is_one_pass_at_every_cut(stages):
     viewer, memory = watch(stages, [LONG, SHORT])
     asked = [LONG, SHORT, AGAIN]
@@ -161,6 +173,61 @@ def _answered(example: Example, ids: list[int]) -> Example:
         roles=np.concatenate([example.roles, roles]),
         loss_mask=np.zeros(len(example.tokens) + len(ids), bool),
     )
+
+
+@pytest.mark.parametrize("stages", ["uniform_attention", "plain_uniform_attention"])
+def test_a_conversation_is_one_pass(stages):
+    cfg = dataclasses.replace(CFG, text_room=40)
+    viewer, watched = watch(stages, [LONG, SHORT], cfg)
+    questions = [parts(e)[1] for e in (LONG, SHORT)]
+    three = Decoding(max_tokens=3)
+    first = viewer.ask(watched, questions, decoding=three)
+    # One answer ends before the other.
+    stop = next(token for token in first[0] if token not in first[1])
+    ragged = dataclasses.replace(three, stop_ids=(stop,))
+    first, memory = viewer.converse(watched, questions, decoding=ragged)
+    assert len(first[0]) < len(first[1]) == 3
+    later = [_later(4), _later(3)]
+    second, again = viewer.converse(memory, later, decoding=three)
+    said = [
+        _joined(_answered(example, ids), text)
+        for example, ids, text in zip((LONG, SHORT), first, later, strict=True)
+    ]
+    want = one_pass(stages, said)
+    np.testing.assert_allclose(viewer.logits(memory, later), want, **FLOAT32)
+    assert [ids[0] for ids in second] == want.argmax(-1).tolist()
+    # A third turn, about the second row's conversation alone.
+    said = _joined(_answered(said[1], second[1]), _later(2))
+    got = viewer.logits(again, [_later(2)], rows=[1])
+    np.testing.assert_allclose(got, one_pass(stages, [said]), **FLOAT32)
+
+
+def _later(length: int) -> EncodedText:
+    """A follow-up question; what marks a first question means nothing in it."""
+    roles = np.full(length, Role.INSTRUCTION, np.int32)
+    tokens = np.random.default_rng(length).integers(1, 200, length)
+    return EncodedText(tokens=tokens.astype(np.int32), roles=roles, loss_mask=roles < 0)
+
+
+def _joined(example: Example, text: EncodedText) -> Example:
+    """In one pass later turns are plain text."""
+    roles = np.full(len(text.tokens), Role.TEXT, np.int32)
+    return dataclasses.replace(
+        example,
+        tokens=np.concatenate([example.tokens, text.tokens]),
+        roles=np.concatenate([example.roles, roles]),
+        loss_mask=np.zeros(len(example.tokens) + len(roles), bool),
+    )
+
+
+def test_a_conversation_that_outgrows_its_cache_is_an_error():
+    viewer, memory = watch("none", [LONG])
+    question = parts(LONG)[1]
+    with pytest.raises(ValueError, match="holds 64 tokens, .* larger text_room"):
+        for _ in range(9):
+            _, memory = viewer.converse(
+                memory, [question], decoding=Decoding(max_tokens=3)
+            )
 
 
 def test_asking_leaves_the_memory_as_it_was():

@@ -136,6 +136,30 @@ def encode_prompt(
     return writer.finish()
 
 
+def encode_follow_up(
+    content: Sequence[str],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    answer_prefix: str = "",
+) -> EncodedText:
+    """Encodes the next question after an answer that a model has just written.
+
+    It begins with the special token at which the answer stopped; a line break before
+    that is the model's own. What was said and seen before is in the model's memory.
+    """
+    writer = _Writer(tokenizer, tokens_per_frame=0)
+    _, end, rest = _around(template, "assistant")
+    stopped = [part for part in end if isinstance(part, _Special)]
+    writer.write(stopped, role=Role.ANSWER)
+    writer.write(rest)
+    header, end, rest = _around(template, "user")
+    writer.write((*header, *content, *end, *rest))
+    writer.write(_around(template, "assistant")[0])
+    writer.write((answer_prefix,), role=Role.ANSWER)
+    return writer.finish()
+
+
 class _Special(NamedTuple):
     name: str
 

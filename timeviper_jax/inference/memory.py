@@ -55,13 +55,15 @@ class Memory:
 
     `dropped[i]` is for stage i, None where it has no transfer. `held` is the residual
     before the first stage that ranks by attention, which waits for a question; the
-    stretches after it are not there yet.
+    stretches after it are not there yet. `asked` says that a first question was read
+    and remembered: what it selected stays, and later turns are only text.
     """
 
     stretches: tuple[Stretch, ...]
     dropped: tuple[DroppedKV | None, ...]
     held: Held | None
     vision_counts: Int[np.ndarray, "B"]  # Before any stage.
+    asked: bool = False
 
     @property
     def rows(self) -> int:
@@ -101,7 +103,8 @@ def take_dropped(dropped: DroppedKV, rows: Int[Array, "R"]) -> DroppedKV:
 def take(memory: Memory, rows: Sequence[int]) -> Memory:
     """A memory of its own with these rows, each as often as it is named."""
     index = np.asarray(rows, np.int32)
-    return Memory(
+    return dataclasses.replace(
+        memory,
         stretches=tuple(
             dataclasses.replace(s, caches=take_caches(s.caches, index))
             for s in memory.stretches

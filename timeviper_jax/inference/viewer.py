@@ -4,6 +4,9 @@
     memory = viewer.watch([video])
     ids, = viewer.ask(memory, [question], decoding=Decoding(stop_ids=stops))
 
+Questions asked of one memory know nothing of each other. `converse` answers too, and
+gives a memory that goes on from there, for a follow-up question.
+
 The language model runs one stretch of layers after another, from each TransV stage to
 the next, over the whole video in chunks of one size that carry the caches: what is held
 between stretches is the residual of the tokens that are still there. The question
@@ -271,6 +274,8 @@ class Viewer:
         receives = question.roles == Role.INSTRUCTION
         if self._llm.transv[number].transfer_to == "all_text":
             receives = question.roles != Role.PAD
+        if not receives.any():
+            return question
         size = self.cfg.text_chunk
         parts = [
             programs.transfer(
@@ -314,10 +319,34 @@ class Viewer:
             here = slice(start, start + self.cfg.question_rows)
             listen = on_tokens and (lambda i, ids, s=start: on_tokens(s + i, ids))
             key = jax.random.fold_in(jax.random.key(seed), start)
-            answers += self._ask(
+            some, _ = self._answer(
                 memory_, questions[here], rows[here], decoding, key, listen
             )
+            answers += some
         return answers
+
+    def converse(
+        self,
+        memory_: Memory,
+        questions: Sequence[EncodedText],
+        *,
+        rows: Sequence[int] | None = None,
+        decoding: Decoding,
+        seed: int = 0,
+        on_tokens: OnTokens | None = None,
+    ) -> tuple[list[list[int]], Memory]:
+        """Answers up to `question_rows` questions, and what is then remembered.
+
+        The memory has a row for each question, in their order, with its answer; ask
+        it, or converse on with `encode_follow_up`. The video is not read again: later
+        turns use what the first question selected, and receive no transfer.
+
+        The arguments are those of `ask`, and `memory_` is left as it is.
+        """
+        self._rows(len(questions), self.cfg.question_rows, "question_rows")
+        rows = range(len(questions)) if rows is None else rows
+        key = jax.random.key(seed)
+        return self._answer(memory_, questions, rows, decoding, key, on_tokens)
 
     def logits(
         self,
@@ -336,7 +365,7 @@ class Viewer:
             logits.append(np.asarray(some)[: len(questions[here])])
         return np.concatenate(logits)
 
-    def _ask(
+    def _answer(
         self,
         memory_: Memory,
         questions: Sequence[EncodedText],
@@ -344,7 +373,7 @@ class Viewer:
         decoding: Decoding,
         key: jax.Array,
         on_tokens: OnTokens | None,
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], Memory]:
         state, hidden = self._read_questions(memory_, questions, rows)
         for stretch in state.stretches:
             stretch.check_room(decoding.max_tokens)
@@ -356,7 +385,13 @@ class Viewer:
             written=jnp.zeros((), jnp.int32),
             key=key,
         )
-        return self._write(answers, len(questions), decoding, on_tokens)
+        texts, answers = self._write(answers, len(questions), decoding, on_tokens)
+        written = int(answers.written)
+        stretches = tuple(
+            dataclasses.replace(stretch, caches=caches, used=stretch.used + written)
+            for stretch, caches in zip(state.stretches, answers.caches, strict=True)
+        )
+        return texts, dataclasses.replace(state, stretches=stretches, asked=True)
 
     def _read_questions(
         self, memory_: Memory, questions: Sequence[EncodedText], rows: Sequence[int]
@@ -365,6 +400,9 @@ class Viewer:
         spare = self.cfg.question_rows - len(questions)
         state = memory.take(memory_, [*rows, *[0] * spare])
         question = self._embed_questions(questions)
+        if memory_.asked:
+            later = np.where(question.roles == Role.PAD, Role.PAD, Role.TEXT)
+            question = dataclasses.replace(question, roles=later.astype(np.int32))
         state, question = self._pass_question(state, question)
         last = np.maximum(question.lengths - 1, 0)
         return state, question.x[np.arange(len(last)), last]
@@ -416,7 +454,7 @@ class Viewer:
         count: int,
         decoding: Decoding,
         on_tokens: OnTokens | None,
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], Answers]:
         """Decodes to the end, a token at a time where someone listens."""
         texts: list[list[int]] = [[] for _ in range(count)]
         written, step = 0, 1 if on_tokens else decoding.max_tokens
@@ -438,7 +476,7 @@ class Viewer:
             written += step
             if done.all():
                 break
-        return texts
+        return texts, answers
 
 
 def _join(outputs: Sequence[jax.Array], roles: Sequence[np.ndarray]) -> Held:
