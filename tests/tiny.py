@@ -50,6 +50,7 @@ QWEN = HybridConfig(
     qkv_bias=True,
     gated_mlp=True,
 )
+FAMILIES = {"hybrid": LM, "plain": QWEN}
 
 
 def build(create: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:

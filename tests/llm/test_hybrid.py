@@ -117,8 +117,9 @@ def _forward(lm, stream):
     return lm(stream).hidden
 
 
-def test_no_token_sees_a_later_one():
-    lm = tiny.build_lm()
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_no_token_sees_a_later_one(family):
+    lm = tiny.build_lm(tiny.FAMILIES[family])
     stream = tiny.stream(["t" * 12] * 13, text=12)
     changed = stream.x.at[jnp.arange(12), jnp.arange(12)].add(1.0)
     hidden = tiny.quick_jit(_forward)(lm, dataclasses.replace(stream, x=changed))
@@ -131,10 +132,10 @@ def test_no_token_sees_a_later_one():
 SAMPLES = ["ttttt", "ttttttttt", "tqa"]
 
 
-@pytest.fixture(scope="module")
-def separate():
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def separate(request):
     """The model, its compiled pass, and what it makes of each sample in its own row."""
-    lm = tiny.build_lm(log_base=8.0)
+    lm = tiny.build_lm(tiny.FAMILIES[request.param], log_base=8.0)
     run = tiny.quick_jit(_forward)
     return lm, run, run(lm, tiny.stream(SAMPLES, text=20))
 
@@ -170,7 +171,7 @@ def test_a_row_alone_with_more_padding_is_the_same(separate):
 
 # Caches.
 
-CACHED = tiny.build_lm(pattern="M*-M*M", log_base=8.0)
+CACHED = {"hybrid": "M*-M*M", "plain": "*-**-*"}
 SPAN = (1, 6)  # Starts where the first stack has one layer behind it.
 LENGTHS = jnp.array([12, 7])
 
@@ -208,11 +209,12 @@ def _token_by_token(lm, x):
     return jnp.moveaxis(y, 0, 1)
 
 
-@pytest.mark.parametrize("rolled", [False, True])
-def test_a_cache_continues_ragged_rows_from_any_cut(rolled):
-    graph, params = nnx.split(CACHED)
-    lm = nnx.merge(graph, params)
-    lm.cfg = dataclasses.replace(lm.cfg, rolled=rolled)
+@pytest.mark.parametrize(
+    "family, rolled", [("hybrid", False), ("hybrid", True), ("plain", True)]
+)
+def test_a_cache_continues_ragged_rows_from_any_cut(family, rolled):
+    cfg = dataclasses.replace(tiny.FAMILIES[family], pattern=CACHED[family])
+    lm = tiny.build_lm(cfg, log_base=8.0, rolled=rolled)
     x = tiny.stream(["t" * 12, "t" * 11 + "q"], text=12).x
 
     def run(lm, x):
@@ -309,6 +311,15 @@ def test_layers_between_stages_run_rolled():
     np.testing.assert_allclose(got, want, **FLOAT32)
 
 
+def test_a_plain_transformer_runs_rolled():
+    stream = tiny.stream(["ttttttqqaa", "tqqqaa"], text=10)
+    got, want = (
+        tiny.quick_jit(_forward)(tiny.build_lm(tiny.QWEN, rolled=rolled), stream)
+        for rolled in (True, False)
+    )
+    np.testing.assert_allclose(got, want, **FLOAT32)
+
+
 def test_bfloat16_stays_close_to_float32():
     stream = tiny.stream(["ttttttqqaa"], text=10)
     half = dataclasses.replace(stream, x=stream.x.astype(jnp.bfloat16))
@@ -367,6 +378,9 @@ def test_a_layer_number_maps_to_a_kind_and_an_index():
         (dict(pattern=""), "pattern='' must be made of"),
         (dict(num_heads=3), "num_heads=3 must be a multiple of num_kv_heads=2"),
         (dict(ssm_heads=5), "num_heads=5 must be a multiple of num_groups=2"),
+        (dict(ssm_state=0), "A pattern with M needs sizes above 0: .*'ssm_state': 0"),
+        (dict(tied=True, match_init=True), "match_init starts a head of its own"),
+        (dict(rope_theta=1e4, head_dim=7), "head_dim=7 must be even"),
     ],
 )
 def test_sizes_that_do_not_fit_are_errors(changes, message):
