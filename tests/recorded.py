@@ -11,8 +11,8 @@ from timeviper_jax.conversion.load import load_params
 from timeviper_jax.conversion.rules import Rule
 from timeviper_jax.conversion.vision import (
     PROJECTOR_RULES,
-    timm_vit_rules,
-    timm_vit_unused,
+    encoder_rules,
+    encoder_unused,
 )
 from timeviper_jax.data.examples import Role
 from timeviper_jax.llm.hybrid import HybridConfig, HybridLM
@@ -92,8 +92,8 @@ def whole_model(
     load_params(
         model.vision,
         under("vision_backbone.featurizer.", published),
-        timm_vit_rules(VIT.num_heads, VIT.patch_size),
-        ignore=timm_vit_unused(VIT.depth),
+        encoder_rules(VIT),
+        ignore=encoder_unused(VIT),
     )
     load_params(model.projector, under("projector.", published), PROJECTOR_RULES)
     llm = under("llm_backbone.llm.", published)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from tests.golden_cases import load, under
 from timeviper_jax.conversion.load import load_params
-from timeviper_jax.conversion.vision import timm_vit_rules, timm_vit_unused
+from timeviper_jax.conversion.vision import encoder_rules, encoder_unused
 from timeviper_jax.vision.blocks import BlockConfig
 from timeviper_jax.vision.vit import Vit, VitConfig
 
@@ -46,9 +46,7 @@ def _abstract(cfg):
 
 def _loaded(cfg, params):
     vit = _abstract(cfg)
-    unused = timm_vit_unused(cfg.depth)
-    rules = timm_vit_rules(cfg.num_heads, cfg.patch_size)
-    load_params(vit, params, rules, ignore=unused)
+    load_params(vit, params, encoder_rules(cfg), ignore=encoder_unused(cfg))
     return vit
 
 

@@ -58,11 +58,7 @@ def encoder_rules(cfg: VitConfig, source: Source = "release") -> tuple[Rule, ...
         return internvideo2_rules(cfg)
     if source == "transformers":
         return (dinov2_rules if isinstance(cfg, DinoV2Config) else siglip_rules)(cfg)
-    positions = PositionRule(
-        "pos_embed", "positions", "1 V E -> V E", grid=cfg.grid, antialias=True
-    )
-    rules = timm_vit_rules(cfg.num_heads, cfg.patch_size, positions)
-    return (*rules, *(_TIMM_DINO if isinstance(cfg, DinoV2Config) else ()))
+    return timm_rules(cfg)
 
 
 def encoder_unused(cfg: VitConfig) -> tuple[str, ...]:
@@ -112,30 +108,20 @@ _SIGLIP, _DINOV2 = "siglip_vision_model", "dinov2_with_registers"
 # timm's names.
 
 
-def timm_vit_unused(depth: int) -> tuple[str, ...]:
-    """Patterns of tensors to ignore for a model published with `depth` blocks."""
-    return r"norm\..*", r"attn_pool\..*", rf"blocks\.{depth - 1}\..*"
-
-
-def timm_vit_rules(
-    num_heads: int,
-    patch_size: int,
-    positions: Rule = Rule("pos_embed", "positions", "1 V E -> V E"),  # noqa: B008
-) -> tuple[Rule, ...]:
-    """timm's vision transformers <-> vision/vit.py; the fused qkv fills q, k and v."""
-    sides = dict(p=patch_size, q=patch_size)
-    patch = r"patch_embed\.proj\.weight"
-    norm = rf"{_BLOCK}\.norm([12])"
+def timm_rules(cfg: VitConfig) -> tuple[Rule, ...]:
+    """timm's SigLIP and DINOv2 <-> vision/vit.py and dinov2.py."""
+    num_heads, norm = cfg.num_heads, rf"{_BLOCK}\.norm([12])"
+    table = "1 V E -> V E"
     return (
-        Rule(patch, "patch/kernel", "E C p q -> (p q C) E", sides),
-        Rule(r"patch_embed\.proj\.bias", "patch/bias"),
-        positions,
+        *_patch(r"patch_embed\.proj", cfg),
+        PositionRule("pos_embed", "positions", table, grid=cfg.grid, antialias=True),
         *_fused_qkv("weight", "kernel", "(N H) E -> E N H", num_heads),
         *_fused_qkv("bias", "bias", "(N H) -> N H", num_heads),
         *_attention_out(rf"{_BLOCK}\.attn\.proj", num_heads),
         Rule(rf"{norm}\.weight", r"blocks/norm\2/scale[\1]"),
         Rule(rf"{norm}\.bias", r"blocks/norm\2/bias[\1]"),
         *_mlp(_BLOCK),
+        *(_TIMM_DINO if isinstance(cfg, DinoV2Config) else ()),
     )
 
 
