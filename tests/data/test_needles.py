@@ -386,7 +386,7 @@ def test_the_default_data_set_is_as_large_as_promised():
     seconds, mcq = collections.Counter(), collections.Counter()
     for file in files:
         seconds[file.split] += file.seconds
-    assert seconds == {"train": 170_240, "heldout": 156_544, "heldout_views": 7_040}
+    assert seconds == {"train": 170_240, "heldout": 129_920, "heldout_views": 7_040}
     for file in files:
         if file.split == "heldout":
             for scene in needles.plan(file, cfg):

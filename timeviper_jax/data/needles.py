@@ -62,8 +62,8 @@ class NeedlesConfig:
     train_files_32: int = 200  # Files of one scene each, as all that follow.
     heldout_32: int = 220
     heldout_512: int = 116
-    heldout_2048: int = 24
-    heldout_10240: int = 4
+    heldout_2048: int = 16
+    heldout_10240: int = 3
     heldout_views_32: int = 220
     scenes: SceneConfig = SceneConfig()
     video: render.RenderConfig = render.RenderConfig()
