@@ -1,0 +1,101 @@
+"""Compiles one program for one chip, in a process of its own; no chip is needed.
+
+    python -m pallas_kernels.bench.compiled v5e forward
+
+prints what the compiler says, as JSON. libtpu reads its options once, from the
+environment, when JAX starts it: hence the process.
+"""
+
+import glob
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+# Without these libtpu looks for a chip for 40 s, and two processes collide.
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+_DUMP = "KERNEL_DUMP"
+
+
+def available() -> bool:
+    """Whether the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def compile_apart(chip: str, direction: str, shape: tuple | None = None) -> dict:
+    """Compiles in another process: bytes, and bundles of each kernel.
+
+    Raises:
+      RuntimeError: The program does not compile; the end of what the compiler said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        environment = os.environ | _ENVIRONMENT | {"LIBTPU_INIT_ARGS": dump}
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pallas_kernels.bench.compiled"),
+                *(chip, direction, json.dumps(shape)),
+            ],
+            env=environment | {_DUMP: folder},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise RuntimeError(f"{chip} {direction} {shape}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _bundles(folder: str, kernel: str) -> int:
+    """Instruction bundles in a kernel's final program, both sides of every branch."""
+    (path,) = glob.glob(f"{folder}/*{kernel}*-final_hlo-static-per-bundle-*.txt")
+    with open(path) as lines:
+        rows = lines.read().split("== UTILIZATION:")[1]
+    return sum(bool(row.strip()) for row in rows.splitlines())
+
+
+def _compile_here(chip_name: str, direction: str, shape: list | None) -> dict:
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from pallas_kernels.bench import programs
+    from pallas_kernels.bench.chips import CHIPS
+
+    shape = programs.Shape(*shape) if shape else programs.NANO_9B
+    program = programs.DIRECTIONS[direction](shape)
+    topology = CHIPS[chip_name].topology
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    mesh = Mesh(np.array(devices[:1]), ("device",))
+    place = NamedSharding(mesh, PartitionSpec())
+    inputs = {
+        name: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=place)
+        for name, z in program.inputs.items()
+    }
+    # The mesh tells the ops which chip they are compiled for.
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(program.run).lower(**inputs).compile()
+    memory = compiled.memory_analysis()
+    return {
+        "tokens": shape.tokens,
+        "input_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "bundles": {
+            kernel: times * _bundles(os.environ[_DUMP], kernel)
+            for kernel, times in program.executions.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile_here(*sys.argv[1:3], json.loads(sys.argv[3]))))
