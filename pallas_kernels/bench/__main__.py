@@ -1,8 +1,12 @@
-"""`python -m pallas_kernels.bench aot`: what the kernels compile to for real chips."""
+"""What the ops cost: `python -m pallas_kernels.bench`, and one of
+
+aot    what the kernels compile to for real chips, with no chip
+ssd    the SSD on CPU, against mamba2-jax's and against length
+"""
 
 import argparse
 
-from pallas_kernels.bench import aot
+from pallas_kernels.bench import aot, ssd
 
 
 def main() -> None:
@@ -10,6 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench")
     commands = parser.add_subparsers(required=True, metavar="command")
     aot.add_command(commands)
+    ssd.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
