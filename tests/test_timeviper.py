@@ -66,6 +66,53 @@ def test_recorded_generation_from_pixels():
         tokens[0, length + step], roles[0, length + step] = token, Role.ANSWER
 
 
+def test_recorded_packed_training_from_pixels():
+    description, arrays = load("vlm_nano_train_packed")
+    model = recorded.whole_model(description, arrays)
+    pixels = jnp.asarray(arrays["in.pixel_values"].transpose(0, 2, 3, 1))[None]
+    labels = jnp.asarray(arrays["out.fused.labels"], jnp.int32)
+    segment_ids = jnp.asarray(arrays["out.fused.seq_idx"], jnp.int32) + 1
+    tokens, _ = recorded.prompt(description, arrays)
+    roles = np.where(tokens == description["image_token_id"], Role.VISION, Role.TEXT)
+    batch = Batch(
+        tokens=jnp.asarray(tokens)[None],
+        roles=jnp.asarray(roles, jnp.int32)[None],
+        segment_ids=segment_ids,
+        loss_mask=labels >= 0,
+        frame_times=jnp.zeros((1, pixels.shape[1])),
+        num_segments=2,
+    )
+
+    def loss(model, batch):
+        batch = dataclasses.replace(batch, features=model.encode(pixels))
+        stream, output = model.embed(batch), model.forward(batch)
+        logits = model.llm.logits(output.hidden)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits[:, :-1], jnp.maximum(labels[:, 1:], 0)
+        )
+        loss = jnp.mean(losses, where=labels[:, 1:] >= 0)
+        return loss, (loss, logits, stream.x)
+
+    grads, (loss, logits, fused) = tiny.quick_jit(tiny.gradient(loss))(model, batch)
+    np.testing.assert_allclose(fused, arrays["out.fused.inputs_embeds"], **RECORDED)
+    np.testing.assert_allclose(logits, arrays["out.logits"], **RECORDED)
+    np.testing.assert_allclose(loss, arrays["out.loss"], **RECORDED)
+    first = grads["llm"]["mamba"]
+    layer = "llm_backbone.llm.backbone.layers.0."
+    got = {
+        f"{layer}norm.weight": first["norm"]["scale"][0],
+        f"{layer}mixer.norm.weight": first["mixer"]["norm"]["scale"][0],
+    }
+    for number, name in enumerate(("0", "2")):  # An activation stands between.
+        linear = grads["projector"]["layers"][number]
+        got[f"projector.projector.{name}.weight"] = linear["kernel"][...].T
+        got[f"projector.projector.{name}.bias"] = linear["bias"][...]
+    for name, gradient in got.items():
+        want = arrays[f"grad.{name}"]
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(gradient, want, atol=2e-5 * scale, rtol=0)
+
+
 # A tiny model of its own.
 
 TINY = dataclasses.replace(PRESETS["tiny"], time_digits=3)
