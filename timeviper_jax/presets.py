@@ -1,11 +1,16 @@
-"""Sizes of the models, by name. Everything else about a run is in its config.
+"""Sizes of the models, by name or in a file. All else about a run is in its config.
 
 Qwen2 and Qwen2.5 have the same sizes, and so have a base model and its instruct one;
 there is no 3B of Qwen2. A checkpoint's own config.json goes before all of this.
 """
 
 import dataclasses
+import importlib
+import json
+import os
+import pathlib
 import re
+from typing import Any
 
 from timeviper_jax.llm.hybrid import HybridConfig
 from timeviper_jax.llm.transv import Stage
@@ -252,3 +257,53 @@ def _one_or_both(
         return projectors[0]
     first, second = projectors
     return PairProjectorConfig(first=first, second=second)
+
+
+# Sizes in a file, for models that a checkpoint's own config describes.
+
+
+def find_config(name: str) -> TimeViperConfig:
+    """The preset of this name, or the sizes in a file whose name ends in .json."""
+    if name.endswith(".json"):
+        return read_config(name)
+    if name not in PRESETS:
+        raise ValueError(
+            f"preset={name!r} is not one of {sorted(PRESETS)}, nor a .json of sizes."
+        )
+    return PRESETS[name]
+
+
+def write_config(path: str | os.PathLike, cfg: TimeViperConfig) -> None:
+    """Keeps a model's sizes as JSON."""
+    pathlib.Path(path).write_text(json.dumps(_plain(cfg), indent=1) + "\n")
+
+
+def read_config(path: str | os.PathLike) -> TimeViperConfig:
+    """The sizes that `write_config` kept."""
+    cfg = _configured(json.loads(pathlib.Path(path).read_text()))
+    if not isinstance(cfg, TimeViperConfig):
+        raise ValueError(f"{path} holds a {type(cfg).__name__}, not a whole model's.")
+    return cfg
+
+
+def _plain(value: Any) -> Any:
+    """A config as JSON has it; each says which class it is of."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    kind = f"{type(value).__module__}:{type(value).__name__}"
+    fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {"class": kind, **fields}
+
+
+def _configured(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_configured, value))
+    if not isinstance(value, dict):
+        return value
+    fields = {name: _configured(inner) for name, inner in value.items()}
+    module, _, name = fields.pop("class").partition(":")
+    if not module.startswith(f"{__package__}."):
+        raise ValueError(f"{module}:{name} is no config of this project.")
+    return getattr(importlib.import_module(module), name)(**fields)

@@ -98,6 +98,7 @@ def place(
     *,
     ignore: Iterable[str] = (),
     keep: Iterable[str] = (),
+    only: Iterable[str] = (),
     what: str = "the model",
 ) -> list[Placement]:
     """Where each published tensor goes, in the tensors' order; all misfits at once.
@@ -108,13 +109,15 @@ def place(
       rules: How they map.
       ignore: Patterns of published names that are deliberately unused.
       keep: Patterns of parameter paths that may stay as they are.
+      only: Patterns found in the paths that are to be filled; none is all.
       what: What the parameters are of, for the error.
 
     Raises:
       ValueError: It lists every name left over on either side and every shape that
         differs.
     """
-    ignore, keep = tuple(ignore), tuple(keep)
+    ignore, keep, only = tuple(ignore), tuple(keep), tuple(only)
+    params = {path: shape for path, shape in params.items() if _wanted(only, path)}
     placements, problems = [], []
     for name, shape in shapes.items():
         if matches_any(ignore, name):
@@ -123,7 +126,11 @@ def place(
         found = [(rule, address) for rule, address in found if address]
         if not found:
             problems.append(f"{name} {shape}: no rule matches it")
-        placements += [Placement(name, *address, rule) for rule, address in found]
+        placements += [
+            Placement(name, *address, rule)
+            for rule, address in found
+            if _wanted(only, address[0])
+        ]
     by_path = defaultdict(list)
     for placement in placements:
         by_path[placement.path].append(placement)
@@ -140,6 +147,10 @@ def place(
             " deliberate in `ignore` or `keep`:\n  " + "\n  ".join(sorted(problems))
         )
     return placements
+
+
+def _wanted(only: Sequence[str], path: str) -> bool:
+    return not only or any(re.search(pattern, path) for pattern in only)
 
 
 def _misfits(
