@@ -1,0 +1,1 @@
+"""Comparisons with recordings of the PyTorch release, one file a part of the model."""
