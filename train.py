@@ -20,6 +20,7 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -30,6 +31,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from timeviper_jax import sharding
+from timeviper_jax.conversion import folder as converted
 from timeviper_jax.data import (
     frames,
     manifest,
@@ -41,6 +43,8 @@ from timeviper_jax.data import (
 from timeviper_jax.data.features import FeatureStore
 from timeviper_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from timeviper_jax.inference import encode
+from timeviper_jax.layers.lora import LoraConfig, adapted, is_lora, merged
+from timeviper_jax.layers.lora import init as init_lora
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
 from timeviper_jax.training import checkpoint, experiment
 from timeviper_jax.training.experiment import FrameTask, StageConfig
@@ -51,7 +55,7 @@ from timeviper_jax.training.optimizer import (
     make_optimizer,
     make_schedule,
 )
-from timeviper_jax.training.parameters import merge
+from timeviper_jax.training.parameters import Params, matching, merge
 from timeviper_jax.training.step import create_state, make_train_step
 
 STOPPED = 75  # What sysexits.h calls a temporary failure: try again.
@@ -126,6 +130,40 @@ def make_tokenizer(name: str, vocab_size: int) -> Tokenizer:
             f" {vocab_size}; choose a preset with a larger vocabulary."
         )
     return tokenizer
+
+
+def first_params(
+    path: str, parts: Sequence[str], cfg: TimeViperConfig, mesh: jax.sharding.Mesh
+) -> Params:
+    """What a run begins with: a run's, a converted folder's, or a published checkpoint.
+
+    `parts` are patterns found in the paths that are taken; none is all. What they leave
+    out starts fresh, transfers of TransV from the self-attention they stand before.
+    """
+    if converted.is_converted(path):
+        return converted.read_converted(path, mesh, parts=parts)
+    if pathlib.Path(path).exists() and not pathlib.Path(path, "checkpoints").is_dir():
+        published = converted.open_published(path, cfg)
+        return converted.load_published(published, mesh, parts=parts)
+    params = checkpoint.load_params(path, mesh)
+    taken = matching(params, parts) if parts else params
+    return {name: params[name] for name in taken}
+
+
+def add_lora(
+    params: Params, pairs: Params, cfg: LoraConfig, seed: int, mesh: jax.sharding.Mesh
+) -> Params:
+    """LoRA's pairs for these parameters: those there are already, new ones else."""
+    wanted = {f"{path}/lora_{x}" for path in adapted(params, cfg) for x in "ab"}
+    if pairs.keys() == wanted:
+        return pairs
+    if pairs:
+        raise ValueError(
+            f"The checkpoint has LoRA for {len(pairs) // 2} matrices, the config for"
+            f" {len(wanted) // 2}; merge it first (python -m timeviper_jax.conversion)."
+        )
+    shardings = sharding.shard_params(wanted, mesh)
+    return jax.jit(lambda: init_lora(params, cfg, seed), out_shardings=shardings)()
 
 
 def prepared_records(c: ml_collections.ConfigDict, split: str):
@@ -208,18 +246,20 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
     if c.data.make and not pathlib.Path(c.data.manifest).exists():
         MAKERS[c.data.make](pathlib.Path(c.data.manifest).parent)
 
-    # The model, from this run's own checkpoint, another run's, or chance.
+    # The model, from this run's own checkpoint, other parameters, or chance.
     base = experiment.model_config(**c.model)
     stages = {
         name: StageConfig.from_dict(config["stages"][name]) for name in c.stage_order
     }
     tokenizer = make_tokenizer(c.data.tokenizer, base.llm.vocab_size)
     optimizer_config = OptimizerConfig(**c.optimizer)
+    lora = experiment.lora_config(config)
+    adapt = functools.partial(merged, cfg=lora)
     params = {}
     if resumed:
         params = checkpoints.restore_params(mesh)
     elif c.init_from:
-        params = checkpoint.load_params(c.init_from, mesh)
+        params = first_params(c.init_from, c.init_parts, base, mesh)
 
     before = 0  # Steps of the stages before this one.
     for number, (name, stage) in enumerate(stages.items()):
@@ -232,7 +272,9 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
         # What moves, and what stands still.
         cfg = base.with_transv(stage.transv)
         graph, _ = experiment.describe(cfg)
+        pairs = {path: array for path, array in params.items() if is_lora(path)}
         params = experiment.fill(cfg, params, c.seed, mesh)
+        params |= add_lora(params, pairs, lora, c.seed, mesh)
         moving = stage.moving(params)
         frozen = {path: array for path, array in params.items() if path not in moving}
         params = {path: array for path, array in params.items() if path in moving}
@@ -260,7 +302,7 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
         else:
             data, store = text_data(c, stage, cfg), None
             if stage.task.cached:
-                model = merge(graph, {**frozen, **state.params})
+                model = merge(graph, adapt({**frozen, **state.params}))
                 store = FeatureStore(c.data.features, encode.fingerprint(model))
                 items = manifest.load(data.manifest, data.split)
                 paths = sorted({path for item in items for path in item.media})
@@ -278,6 +320,7 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
                 stage.task.objective(tokenizer),
                 optimizer,
                 accumulate=stage.accumulate,
+                adapt=adapt,
             ),
             donate_argnums=0,
             out_shardings=(places, NamedSharding(mesh, P())),

@@ -43,7 +43,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"arm={arg.arm!r} is not one of {sorted(ARMS)}.")
     c = ml_collections.ConfigDict()
     c.seed = 0
-    c.init_from = ""  # The directory of a run, to begin with its parameters.
+    c.init_from = ""  # A run, or a checkpoint, to begin with its parameters.
+    c.init_parts = ()  # Patterns of the paths that are taken from it; () is all.
     c.model = dict(
         preset="small",
         dtype="float32",
@@ -51,6 +52,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         rolled=False,
         remat=False,
     )
+    c.lora = dict(targets=(), rank=128, alpha=256.0)  # No targets: no LoRA.
     c.mesh = dict(data=1, fsdp=-1, tensor=1, context=1)  # -1: all devices left.
 
     c.data = dict(

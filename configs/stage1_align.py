@@ -22,7 +22,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     arg = parse_arg(arg, smoke=False)
     c = ml_collections.ConfigDict()
     c.seed = 0
-    c.init_from = ""  # The directory of a run, to begin with its parameters.
+    c.init_from = ""  # A run, or a checkpoint, to begin with its parameters.
+    c.init_parts = ()  # Patterns of the paths that are taken from it; () is all.
     c.model = dict(
         preset="nano_9b",
         dtype="bfloat16",
@@ -30,6 +31,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         rolled=True,
         remat=True,
     )
+    c.lora = dict(targets=(), rank=128, alpha=256.0)  # No targets: no LoRA.
     c.mesh = dict(data=1, fsdp=-1, tensor=1, context=1)  # -1: all devices left.
 
     c.data = dict(

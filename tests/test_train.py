@@ -15,7 +15,12 @@ from absl import flags
 import train
 from configs import stage2_video
 from timeviper_jax import sharding
-from timeviper_jax.training.checkpoint import Checkpoints, load_params
+from timeviper_jax.conversion import __main__ as conversion
+from timeviper_jax.conversion.files import open_files
+from timeviper_jax.conversion.folder import save_published
+from timeviper_jax.llm.transv import Stage
+from timeviper_jax.training import experiment
+from timeviper_jax.training.checkpoint import Checkpoints, load_model, load_params
 from timeviper_jax.training.metrics import MetricsWriter
 
 STEPS = 4
@@ -156,12 +161,88 @@ def test_a_run_can_begin_with_the_parameters_of_another(folder, unbroken, monkey
         np.testing.assert_array_equal(first[path], second[path], err_msg=path)
 
 
+def test_a_run_can_begin_with_parts_of_another_or_of_a_checkpoint(
+    folder, unbroken, tmp_path
+):
+    mesh = sharding.make_mesh(fsdp=-1)
+    cfg = experiment.model_config(**_config(folder).model)
+    params = load_params(unbroken, mesh)
+    some = train.first_params(str(unbroken), ["^projector/"], cfg, mesh)
+    assert some.keys() == {path for path in params if path.startswith("projector/")}
+    with pytest.raises(ValueError, match="'projektor' names no parameter"):
+        train.first_params(str(unbroken), ["projektor"], cfg, mesh)
+
+    llm = {path: a for path, a in params.items() if path.startswith("llm/")}
+    llm = {path: a for path, a in llm.items() if "transv" not in path}
+    save_published(tmp_path / "published", llm, cfg, "nano")
+    for first in (
+        train.first_params(str(tmp_path / "published"), [], cfg, mesh),
+        train.first_params(str(tmp_path / "published"), ["norm"], cfg, mesh),
+    ):
+        assert first
+        for path, array in first.items():
+            np.testing.assert_array_equal(array, llm[path], err_msg=path)
+    stages = _config(folder).to_dict()["stages"]["instruct"]["transv"]
+    cfg = cfg.with_transv(tuple(Stage(**stage) for stage in stages))
+    begun = experiment.fill(cfg, llm, seed=3, mesh=mesh)
+    for index in (0, 1):  # Layers 1 and 6 stand before attention 0 and 1.
+        np.testing.assert_array_equal(
+            begun[f"llm/transv/{index}/q/kernel"],
+            llm["llm/attention/mixer/q/kernel"][index],
+        )
+
+
 def test_a_run_that_is_not_there_is_an_error(folder, tmp_path):
     c = _config(folder)
     c.init_from = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="nowhere holds no run"):
         train.run(c, str(tmp_path / "run"))
     assert not pathlib.Path(c.init_from).exists()
+
+
+def _lora_config(folder):
+    c = _config(folder)
+    c.lora.update(targets=(r"^llm/attention/.*kernel", "^llm/head"), rank=2, alpha=4.0)
+    c.stages.instruct.update(frozen=(r"^(?!.*lora_)",), lr_multipliers=(), lr=1e-2)
+    return c
+
+
+@pytest.mark.slow
+def test_lora_alone_learns_continues_bit_for_bit_and_is_merged_on_export(
+    folder, tmp_path, monkeypatch, handlers
+):
+    whole, stopped, write = (
+        tmp_path / "whole",
+        tmp_path / "stopped",
+        MetricsWriter.write,
+    )
+    train.run(_lora_config(folder), str(whole))
+
+    def write_and_ask(self, step, *args, **labels):
+        write(self, step, *args, **labels)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "write", write_and_ask)
+    with pytest.raises(SystemExit):
+        train.run(_lora_config(folder), str(stopped))
+    monkeypatch.setattr(MetricsWriter, "write", write)
+    train.run(_lora_config(folder), str(stopped))
+    _assert_same_run(stopped, whole)
+
+    mesh = sharding.make_mesh(fsdp=-1)
+    params, model = load_params(whole, mesh), load_model(whole, mesh)
+    begun = experiment.fill(model.cfg, {}, seed=0, mesh=mesh)
+    for path, array in begun.items():
+        np.testing.assert_array_equal(params[path], array, err_msg=path)
+    a, b = (params[f"llm/head/kernel/lora_{z}"] for z in "ab")
+    assert np.any(b)
+    np.testing.assert_allclose(
+        model.llm.head.kernel[...], begun["llm/head/kernel"] + 2 * a @ b, atol=1e-6
+    )
+    conversion.main(["save", str(whole), str(tmp_path / "out"), "--family", "nano"])
+    head = open_files(tmp_path / "out").read("lm_head.weight")
+    np.testing.assert_array_equal(head.T, model.llm.head.kernel[...])
 
 
 @pytest.fixture

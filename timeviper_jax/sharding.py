@@ -62,6 +62,8 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (rf"{_VISION}(positions|image_positions|registers)", P(None, "fsdp")),
     (rf"{_VISION}(patch/bias|class_token)", P()),
     (r"time/embedding", P()),
+    # Small beside the matrices that they change.
+    (r".*/lora_[ab]", P()),
 )
 
 

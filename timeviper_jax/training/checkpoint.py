@@ -21,11 +21,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from timeviper_jax import sharding
+from timeviper_jax.layers import lora
 from timeviper_jax.timeviper import TimeViper
 from timeviper_jax.training.experiment import (
     StageConfig,
     describe,
     fill,
+    lora_config,
     model_config,
 )
 from timeviper_jax.training.parameters import Params, merge
@@ -162,4 +164,5 @@ def load_model(workdir: str | os.PathLike, mesh: Mesh) -> TimeViper:
     stage = StageConfig.from_dict(record.config["stages"][record.stage])
     cfg = model_config(**record.config["model"]).with_transv(stage.transv)
     graph, _ = describe(cfg)
+    params = lora.merged(params, lora_config(record.config))
     return merge(graph, fill(cfg, params, record.config["seed"], mesh))

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from timeviper_jax import presets, sharding
 from timeviper_jax.data.tokenizer import Tokenizer
+from timeviper_jax.layers.lora import LoraConfig, is_lora
 from timeviper_jax.llm.transv import Stage as TransVStage
-from timeviper_jax.presets import PRESETS
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
 from timeviper_jax.training import loss
 from timeviper_jax.training.parameters import Params, Shapes, matching, merge, split
@@ -104,10 +104,14 @@ class StageConfig:
         return cls(task=TASKS[kind](**task), transv=transv, **values)
 
     def moving(self, paths: Iterable[str]) -> set[str]:
-        """The paths that this stage trains: what it reads, less what is frozen."""
+        """The paths that this stage trains: what it reads, less what is frozen.
+
+        A matrix that LoRA changes stands still.
+        """
         paths = list(paths)
         read = {path for path in paths if re.search(self.task.reads, path)}
-        return read - matching(paths, self.frozen)
+        adapted = {path.rpartition("/")[0] for path in paths if is_lora(path)}
+        return read - matching(paths, self.frozen) - adapted
 
 
 def _tuples(value: Any) -> Any:
@@ -131,12 +135,11 @@ def model_config(
 ) -> TimeViperConfig:
     """A preset's sizes, computed as a run wants; `changes` are of the whole model.
 
-    `encoder` takes the place of the preset's, with the projector `arch` behind it: both
-    in the words of `presets.with_encoder`.
+    `preset` is a name, or a file of sizes that the conversion of a checkpoint left.
+    `encoder` takes the place of its own, with the projector `arch` behind it: both in
+    the words of `presets.with_encoder`.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"{preset=} is not one of {sorted(PRESETS)}.")
-    cfg = PRESETS[preset]
+    cfg = presets.find_config(preset)
     if encoder:
         cfg = presets.with_encoder(cfg, presets.encoder(encoder), arch)
     dtypes = dict(dtype=dtype, param_dtype=param_dtype)
@@ -147,6 +150,12 @@ def model_config(
         llm=dataclasses.replace(cfg.llm, rolled=rolled, remat=remat, **dtypes),
         **changes,
     )
+
+
+def lora_config(config: Mapping[str, Any]) -> LoraConfig:
+    """What a run's config says of LoRA; runs from before it have none."""
+    values = config.get("lora", dict(targets=(), rank=1, alpha=1.0))
+    return LoraConfig(**{name: _tuples(value) for name, value in values.items()})
 
 
 def describe(cfg: TimeViperConfig) -> tuple[nnx.GraphDef, Shapes]:
@@ -163,11 +172,13 @@ def describe(cfg: TimeViperConfig) -> tuple[nnx.GraphDef, Shapes]:
 def fill(cfg: TimeViperConfig, params: Params, seed: int, mesh: Mesh) -> Params:
     """The model's parameters: those given, and initial values for the others.
 
-    New transfers of TransV start from the self-attention they stand before.
+    Those given take the dtype that the model has. New transfers of TransV start from
+    the self-attention they stand before.
     """
     _, shapes = describe(cfg)
     known = {path: array for path, array in params.items() if path in shapes}
     _check_shapes(known, shapes)
+    known = {path: array.astype(shapes[path].dtype) for path, array in known.items()}
     missing = [path for path in shapes if path not in known]
     if not missing:
         return known

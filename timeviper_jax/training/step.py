@@ -22,6 +22,7 @@ from timeviper_jax.training.metrics import Mean, Means
 from timeviper_jax.training.parameters import Params, merge
 
 Objective = Callable[[nnx.Module, Any], Means]
+Adapt = Callable[[Params], Params]
 
 
 class TrainState(NamedTuple):
@@ -57,16 +58,18 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
+    adapt: Adapt = lambda params: params,
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Means]]:
     """Returns `step(state, frozen, batch) -> (state, means)`, not yet compiled.
 
     The batch goes through in `accumulate` parts, one after the other; loss and
     gradient are those of the whole batch at once, each target counting the same.
+    `adapt` makes the model's parameters of those that are kept, such as LoRA's.
     """
 
     def train_step(state, frozen, batch):
         def total_loss(params, part):
-            means = objective(merge(graph, {**frozen, **params}), part)
+            means = objective(merge(graph, adapt({**frozen, **params})), part)
             return means["loss"].total, means
 
         gradient = jax.grad(total_loss, has_aux=True)
