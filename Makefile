@@ -2,6 +2,7 @@
 #   make test PYTHON=python3.12 VENV=.venv-3.12    another Python beside the first
 PYTHON ?= python3
 VENV ?= .venv
+PARITY_VENV ?= .venv-parity
 WORKERS ?= 2
 RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadfile
@@ -11,7 +12,7 @@ export JAX_PLATFORMS ?= cpu
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: demo claim test slow lint format setup clean
+.PHONY: demo claim test slow test-parity lint format setup clean
 
 demo: setup
 	$(RUN) -m timeviper_jax.benchmarks.needles
@@ -24,6 +25,10 @@ test: setup lint
 
 slow: setup
 	$(PYTEST) -m slow
+
+# Against live peers (torch, transformers), which have a venv of their own.
+test-parity: $(PARITY_VENV)/.installed
+	$(PARITY_VENV)/bin/python -m pytest tests/parity
 
 lint: setup
 	$(VENV)/bin/ruff check
@@ -45,5 +50,11 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	  scikit-video==1.1.11
 	touch $@
 
+$(PARITY_VENV)/.installed: requirements.txt requirements-dev.txt requirements-parity.txt
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements-parity.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY_VENV) .pytest_cache .ruff_cache
