@@ -5,8 +5,9 @@ python -m timeviper_jax.benchmarks.needles --seeds 3
 
 From one trained model three arms go on under the same budget: without compression, with
 plain dropping of vision tokens, and with TransV at the same rate; with `--seeds`, that
-many times over. Each step is one of the project's commands in a process of its own. Steps that are done are not done again,
-and one that was stopped goes on: repeat the command.
+many times over. Each step is one of the project's commands in a process of its own.
+Steps that are done are not done again, and one that was stopped goes on: repeat the
+command.
 """
 
 import argparse
