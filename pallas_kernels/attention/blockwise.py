@@ -52,6 +52,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """See `api.attention`; `r` counts the query heads that share a key head."""
     T, (S, K) = q.shape[1], k.shape[1:3]
+    if not T or not S:
+        return jnp.zeros_like(q)
     rules = Rules(
         q_segment_ids=_blocks(q_segment_ids, block_q),
         kv_segment_ids=kv_segment_ids,

@@ -50,7 +50,7 @@ def test_equal_recordings_pass(tmp_path, capsys):
         assert 0 < line["max_rel_grad_error"] < 1e-4
     assert thinned["kept_equal"] and thinned["tokens_equal"] and plain["tokens_equal"]
     assert tome["kept_equal"] is tome["tokens_equal"] is None
-    for name in ("out.hidden.07", "out.decode.logits", "grad.lm_head.weight"):
+    for name in ("out.hidden.07", "out.decode.logits", "grad.backbone.norm_f.weight"):
         assert name in plain["compared"]
     assert "out.eval.trace.0.kept" in thinned["compared"]
 

@@ -315,7 +315,7 @@ def test_photographs_are_on_screen_exactly_when_the_timeline_says(data):
         luma = 16 + frames @ np.array([0.25679, 0.50413, 0.09791], np.float32)
         changed = np.abs(luma - _bare(file)).mean((1, 2))
         shown = needle_builder.label_frames(scenes[file.path]) > 0
-        assert changed[~shown].max() < 6 < 10 < changed[shown].min(), file.path
+        assert changed[~shown].max() < 6 < changed[shown].min(), file.path
 
 
 def _signatures(frames: np.ndarray) -> np.ndarray:

@@ -27,10 +27,12 @@ def recorded_model(description: dict, tensors: dict) -> TimeViper:
     llm = dataclasses.replace(
         recorded.config_from_json(description["config"]), rolled=True
     )
+    width = llm.embed_dim
     cfg = dataclasses.replace(
         PRESETS["tiny"],
         llm=llm,
-        projector=ProjectorConfig(vision_dim=llm.embed_dim, llm_dim=llm.embed_dim),
+        vision=dataclasses.replace(PRESETS["tiny"].vision, embed_dim=width),
+        projector=ProjectorConfig(vision_dim=width, llm_dim=width),
     )
     model = nnx.eval_shape(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
     unused = {

@@ -193,6 +193,15 @@ def test_a_named_implementation_is_never_replaced(implementation, monkeypatch):
         attention(q, k, v, causal=True, implementation=implementation)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens, keys", [(T, 0), (0, S)])
+def test_where_there_is_no_key_zeros_are_read(implementation, tokens, keys):
+    q, k, v = (jnp.asarray(z, jnp.float32) for z in _inputs())
+    q, k, v = q[:, :tokens], k[:, :keys], v[:, :keys]
+    got = attention(q, k, v, causal=True, implementation=implementation)
+    np.testing.assert_array_equal(got, np.zeros_like(q))
+
+
 @pytest.fixture
 def unchecked():
     """Switches the shape checks of the tests off, as they are in production."""
