@@ -85,7 +85,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.stages.glimpses = answer(8, steps=400, batch_size=64, lr=3e-3)
     c.stages.scenes = answer(32, steps=500, batch_size=32, lr=2.5e-3)
     c.stages.mixed = answer(32, 128, 512, steps=160, batch_size=2, lr=1e-3)
-    c.stages.arm = answer(32, 128, 512, steps=100, batch_size=2, lr=5e-4)
+    c.stages.arm = answer(32, 128, 512, steps=200, batch_size=2, lr=1e-3)
     for stage in c.stages.values():
         stage.accumulate, stage.transv, stage.lr_multipliers = 1, (), ()
     if arg.arm:
