@@ -8,11 +8,20 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.platform import target_platform
 from pallas_kernels.segments import segment_starts
-from pallas_kernels.ssd import associative_scan, pallas_tpu, reference, scan
+from pallas_kernels.ssd import (
+    associative_scan,
+    pallas_gpu,
+    pallas_tpu,
+    reference,
+    scan,
+)
 
-Implementation = Literal["pallas_tpu", "scan", "associative_scan", "reference"]
+Implementation = Literal[
+    "pallas_tpu", "pallas_gpu", "scan", "associative_scan", "reference"
+]
 
-# The first that takes the arguments is run.
+# The first that takes the arguments is run. "pallas_gpu" compiles for GPUs, but has
+# never run on one: until it has, it is for those who name it.
 _PREFERRED: dict[str, tuple[Implementation, ...]] = {
     "cpu": ("scan",),
     "gpu": ("scan",),
@@ -87,9 +96,10 @@ def ssd(
 
 def _run(name: Implementation, x, dt, a, b, c, d, initial_state, starts, chunk_size):
     """Runs one implementation. A kernel takes arrays as they are, and adds the skip."""
-    if name == "pallas_tpu":
+    kernels = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+    if name in kernels:
         d = jnp.zeros_like(a) if d is None else d
-        return pallas_tpu.ssd(x, dt, a, b, c, d, initial_state, starts)
+        return kernels[name].ssd(x, dt, a, b, c, d, initial_state, starts)
     wide = (*_accumulator(x, dt, a, b, c, initial_state), starts)
     if name == "scan":
         y, state = scan.ssd(*wide, chunk_size=chunk_size)

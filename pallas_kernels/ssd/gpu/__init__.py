@@ -1,0 +1,1 @@
+"""The GPU kernels of the SSD, one file for each step of the algorithm."""

@@ -1,0 +1,268 @@
+"""The gradients of a chunk, once its first state and its last's cotangent are known.
+
+Three kernels: one makes dx of a head; one multiplies y's cotangents by x for all pairs
+of tokens and sums over the heads of a group; and from these sums a third makes db and
+dc, which are one program with the roles of early and late exchanged.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from pallas_kernels.ssd.gpu import pieces
+from pallas_kernels.ssd.gpu.plan import TILE, Plan
+from pallas_kernels.ssd.gpu.rows import Rows
+
+
+class Channels(NamedTuple):
+    """What a head's kernel finds out; for the last three see `rows.dlog_decay`."""
+
+    dx: Float[Array, "B T N P"]
+    dd: Float[Array, "B N C I"]
+    direct: Float[Array, "B N C L"]  # The part of dt's cotangent that is not decay's.
+    inside: Float[Array, "B N C L"]
+    strips: Float[Array, "B N C I L"]
+
+
+def of_channels(
+    x: Float[Array, "B T N P"],
+    dy: Float[Array, "B T N P"],
+    rows: Rows,
+    b: Float[Array, "B T G S"],
+    c: Float[Array, "B T G S"],
+    d: Float[Array, "N"],
+    dstates: Float[Array, "B N C S P"],
+    plan: Plan,
+) -> Channels:
+    """Gradients of x and d, and two parts of those of dt and the decay.
+
+    Args:
+      dstates: Cotangents of the state after every chunk.
+    """
+    row, tile_row = pieces.rows(plan), pieces.rows_of_tile(plan)
+    sizes = (plan.batch, plan.heads, plan.chunks)
+    out = pieces.call(
+        ssd_gpu_dx,
+        plan,
+        grid=pieces.grid(plan, tiles=plan.tiles),
+        in_specs=[
+            *(pieces.channels_of_tile(plan), pieces.channels(plan)),
+            *(pieces.maps(plan), pieces.maps(plan)),
+            *(row, row, row, pieces.runs(plan)),
+            *(pieces.per_head(), pieces.state(plan)),
+        ],
+        out_specs=[
+            pieces.channels_of_tile(plan),
+            pieces.per_tile(plan),
+            tile_row,
+            tile_row,
+            pieces.strips(plan),
+        ],
+        out_shape=[
+            pieces.struct(x.shape, x.dtype),
+            pieces.struct((*sizes, plan.tiles)),
+            pieces.struct((*sizes, plan.chunk)),
+            pieces.struct((*sizes, plan.chunk)),
+            pieces.struct((*sizes, plan.tiles, plan.chunk)),
+        ],
+    )(x, dy, b, c, rows.dt, rows.log_decay, rows.to_end, rows.run, d, dstates)
+    return Channels(*out)
+
+
+def ssd_gpu_dx(
+    x_ref,
+    dy_ref,
+    b_ref,
+    c_ref,
+    dt_ref,
+    log_decay_ref,
+    to_end_ref,
+    run_ref,
+    d_ref,
+    dstate_ref,
+    dx_ref,
+    dd_ref,
+    direct_ref,
+    inside_ref,
+    strip_ref,
+    *,
+    plan: Plan,
+):
+    """One tile of early tokens: the state behind, then the tiles from its own on."""
+    own, valid = pieces.program_tile(), pieces.validity(plan)
+    there, every = valid(own), pieces.parts(plan.head_dim)
+    token = lambda tile: pieces.token(tile, log_decay_ref, run_ref)
+    early, dt = token(own), dt_ref[pieces.rows_of(own)]
+    b = pieces.load_maps(b_ref, own, there)
+    x = [pieces.load(x_ref, (slice(None), part), there) for part in every]
+
+    def one_tile(tile, sums):
+        """Adds to the cotangent of dt x; also returns the terms of the two tiles."""
+        there = valid(tile)
+        c = pieces.load_maps(c_ref, tile, there)
+        weight = pieces.matmul(b, c, (1, 1)) * pieces.decay(token(tile), early, 1)
+        dy = pieces.load_channels(dy_ref, tile, plan, there)
+        sums = tuple(
+            s + pieces.matmul(weight.astype(z.dtype), z)
+            for s, z in zip(sums, dy, strict=True)
+        )
+        terms = weight * pieces.over_parts(x, dy) * dt[:, None]
+        return sums, terms
+
+    def later_tile(tile, carry):
+        sums, terms = one_tile(tile, carry[0])
+        strip_ref[pieces.rows_of(tile)] = jnp.sum(terms, axis=0)
+        return sums, carry[1] + jnp.sum(terms, axis=1)
+
+    to_end = to_end_ref[pieces.rows_of(own)][:, None]
+    sums = tuple(pieces.matmul(b, dstate_ref[:, part]) * to_end for part in every)
+    sums, terms = one_tile(own, sums)
+    carry = sums, jnp.zeros((TILE,), jnp.float32)
+    sums, leaving = lax.fori_loop(own + 1, plan.tiles, later_tile, carry)
+    inside_ref[...] = _crossing(terms, leaving, x[0].dtype)
+
+    direct, dd = jnp.zeros((TILE,), jnp.float32), jnp.zeros((TILE,), jnp.float32)
+    for part, s, z in zip(every, sums, x, strict=True):
+        dy = pieces.load(dy_ref, (pieces.rows_of(own), part), there)
+        dy, z = dy.astype(jnp.float32), z.astype(jnp.float32)
+        dx = dt[:, None] * s + d_ref[0] * dy
+        pieces.store(dx_ref, (slice(None), part), dx, there)
+        direct, dd = direct + jnp.sum(z * s, axis=1), dd + jnp.sum(z * dy, axis=1)
+    direct_ref[...], dd_ref[0] = direct, jnp.sum(dd)
+
+
+def _crossing(
+    terms: Float[Array, "L L"], leaving: Float[Array, "L"], dtype: jnp.dtype
+) -> Float[Array, "L"]:
+    """For each token of a tile, the sum of the terms from before it to it or behind.
+
+    `terms` go from the row's token to the column's, `leaving` to behind the tile.
+    """
+    row, column = (lax.broadcasted_iota(jnp.int32, (TILE, TILE), i) for i in (0, 1))
+    up_to = pieces.matmul_with_ones(terms, row >= column, dtype)
+    return jnp.sum(jnp.where(row < column, up_to + leaving[:, None], 0), axis=0)
+
+
+def of_pairs(
+    x: Float[Array, "B T N P"],
+    dy: Float[Array, "B T N P"],
+    rows: Rows,
+    plan: Plan,
+) -> Float[Array, "B C G L L"]:
+    """Cotangents of c b^T within chunks (late, early); above the diagonal, anything."""
+    shape = (plan.batch, plan.chunks, plan.groups, plan.chunk, plan.chunk)
+    row = pieces.rows_of_group(plan)
+    channels = pieces.channels_of_group(plan)
+    return pieces.call(
+        ssd_gpu_dpairs,
+        plan,
+        grid=pieces.grid(plan, tiles=plan.tiles**2, groups=True),
+        in_specs=[channels, channels, row, row, pieces.runs(plan)],
+        out_specs=pieces.pair(plan),
+        out_shape=pieces.struct(shape, x.dtype),
+    )(x, dy, rows.dt, rows.log_decay, rows.run)
+
+
+def ssd_gpu_dpairs(
+    x_ref, dy_ref, dt_ref, log_decay_ref, run_ref, out_ref, *, plan: Plan
+):
+    """A tile of late tokens with one of early tokens, all heads of a group."""
+    valid = pieces.validity(plan)
+    late, early = (f(pl.program_id(0), plan.tiles) for f in (lax.div, lax.rem))
+
+    def one_head(head, total):
+        token = lambda tile: pieces.token(tile, log_decay_ref, run_ref, (head,))
+        dy = pieces.load_channels(dy_ref, late, plan, valid(late), (head,))
+        x = pieces.load_channels(x_ref, early, plan, valid(early), (head,))
+        dt = dt_ref[head, pieces.rows_of(early)]
+        decay = pieces.decay(token(late), token(early))
+        return total + pieces.over_parts(dy, x) * decay * dt[None, :]
+
+    @pl.when(late >= early)
+    def _():
+        zeros = jnp.zeros((TILE, TILE), jnp.float32)
+        total = lax.fori_loop(0, plan.heads_per_group, one_head, zeros)
+        out_ref[...] = total.astype(out_ref.dtype)
+
+
+def of_maps(
+    channels: Float[Array, "B T N P"],
+    weights: Float[Array, "B N C L"],
+    own: Float[Array, "B T G S"],
+    other: Float[Array, "B T G S"],
+    states: Float[Array, "B N C S P"],
+    pairs: Float[Array, "B C G L L"],
+    plan: Plan,
+    *,
+    late: bool,
+) -> tuple[Float[Array, "B T G S"], Float[Array, "B N C L"]]:
+    """The gradient of `own`, and the terms between a token and the state.
+
+    dc (late) reads states before the chunks and cotangents dy, weighted by the decay
+    from the start; db reads cotangents of states behind and dt x to the end.
+    """
+    row, channel = pieces.rows_of_group(plan), pieces.channels_of_group(plan)
+    maps = pieces.maps_of_group(plan)
+    return pieces.call(
+        ssd_gpu_dc if late else ssd_gpu_db,
+        plan,
+        grid=pieces.grid(plan, tiles=plan.tiles, groups=True),
+        in_specs=[
+            *(channel, row, maps, maps),
+            *(pieces.state_of_group(plan), pieces.pairs(plan)),
+        ],
+        out_specs=[pieces.maps_of_tile(plan), row],
+        out_shape=[pieces.struct(own.shape, own.dtype), pieces.struct(weights.shape)],
+    )(channels, weights, own, other, states, pairs)
+
+
+def ssd_gpu_dc(*refs, plan: Plan):
+    """One tile of late tokens: states before, and the tiles up to its own."""
+    own = pieces.program_tile()
+    _dmaps(*refs, plan, (0, own + 1), lambda other: (own, other), (1, 0))
+
+
+def ssd_gpu_db(*refs, plan: Plan):
+    """One tile of early tokens: states behind, and the tiles from its own on."""
+    own = pieces.program_tile()
+    _dmaps(*refs, plan, (own, plan.tiles), lambda other: (other, own), (0, 0))
+
+
+def _dmaps(
+    channels_ref,
+    weights_ref,
+    own_ref,
+    other_ref,
+    states_ref,
+    pairs_ref,
+    dmaps_ref,
+    terms_ref,
+    plan: Plan,
+    others: tuple,
+    pair,
+    axes: tuple[int, int],
+):
+    """Sums over heads, then over the tiles `others`, whose `pair` is contracted."""
+    tile, valid = pieces.program_tile(), pieces.validity(plan)
+    rows, there = pieces.rows_of(tile), valid(tile)
+    own = pieces.load_maps(own_ref, tile, there).astype(jnp.float32)
+
+    def one_head(head, total):
+        channels = pieces.load_channels(channels_ref, tile, plan, there, (head,))
+        states = [states_ref[head, :, part] for part in pieces.parts(plan.head_dim)]
+        read = pieces.over_parts(channels, states) * weights_ref[head, rows][:, None]
+        terms_ref[head, rows] = jnp.sum(read * own, axis=1)
+        return total + read
+
+    def one_tile(other, total):
+        late, early = (pieces.rows_of(z) for z in pair(other))
+        maps = pieces.load_maps(other_ref, other, valid(other))
+        return total + pieces.matmul(pairs_ref[late, early], maps, axes)
+
+    total = jnp.zeros((TILE, plan.state_dim), jnp.float32)
+    total = lax.fori_loop(0, plan.heads_per_group, one_head, total)
+    total = lax.fori_loop(*others, one_tile, total)
+    pieces.store(dmaps_ref, (slice(None), slice(None)), total, there)
