@@ -4,6 +4,7 @@ The depth is the logarithm of the number of chunks, and every chunk's L x L weig
 alive together: for short sequences, and for hardware that a sequential scan starves.
 """
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -23,7 +24,8 @@ def ssd(
     chunk_size: int,
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N P S"]]:
     """See `api.ssd`; differentiated by JAX, unlike `scan`."""
-    xdt, log_decay, b, c, run = chunks.cut(x, dt, a, b, c, starts, chunk_size)
+    x_chunks, dt, log_decay, b, c, run = chunks.cut(x, dt, a, b, c, starts, chunk_size)
+    xdt = einops.rearrange(x_chunks, "C B L G r P -> C B G r L P") * dt[..., None]
     decay = chunks.decay(log_decay, run)
     own = jnp.einsum("CBGmS,CBGrmP->CBGrPS", b, xdt * decay.to_end)
     states = _states(chunks.split_heads(initial_state, b.shape[2]), decay.across, own)
@@ -31,6 +33,7 @@ def ssd(
     scores = jnp.einsum("CBGlS,CBGmS->CBGlm", c, b)[:, :, :, None]
     y = jnp.einsum("CBGrlm,CBGrmP->CBGrlP", scores * decay.between, xdt)
     y += jnp.einsum("CBGlS,CBGrPS->CBGrlP", c, states[:-1]) * decay.from_start
+    y = einops.rearrange(y, "C B G r L P -> C B L G r P")
     return chunks.join(y, T=x.shape[1]), chunks.merge_heads(states[-1])
 
 

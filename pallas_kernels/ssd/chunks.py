@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 class Chunks(NamedTuple):
     """A sequence cut into C chunks, for the scan to take one after another."""
 
-    xdt: Float[Array, "*C B G r L P"]
+    x: Float[Array, "*C B L G r P"]
+    dt: Float[Array, "*C B G r L"]
     log_decay: Float[Array, "*C B G r L"]
     b: Float[Array, "*C B G L S"]
     c: Float[Array, "*C B G L S"]
@@ -52,7 +53,8 @@ def cut(
     if starts is not None:
         run = jnp.cumsum(to_chunks(starts, "B (C L) -> C B L"), axis=-1)
     return Chunks(
-        xdt=to_chunks(x * dt[..., None], "B (C L) (G r) P -> C B G r L P"),
+        x=to_chunks(x, "B (C L) (G r) P -> C B L G r P"),
+        dt=to_chunks(dt, "B (C L) (G r) -> C B G r L"),
         log_decay=to_chunks(a * dt, "B (C L) (G r) -> C B G r L"),
         b=to_chunks(b, "B (C L) G S -> C B G L S"),
         c=to_chunks(c, "B (C L) G S -> C B G L S"),
@@ -60,9 +62,9 @@ def cut(
     )
 
 
-def join(y: Float[Array, "C B G r L P"], T: int) -> Float[Array, "B T N P"]:
+def join(y: Float[Array, "C B L G r P"], T: int) -> Float[Array, "B T N P"]:
     """Puts the chunks of an output together again, without the padding."""
-    return einops.rearrange(y, "C B G r L P -> B (C L) (G r) P")[:, :T]
+    return einops.rearrange(y, "C B L G r P -> B (C L) (G r) P")[:, :T]
 
 
 def split_heads(state: Float[Array, "B N P S"], G: int) -> Float[Array, "B G r P S"]:

@@ -1,13 +1,19 @@
 """SSD in plain XLA: matmuls inside a chunk, a scan between chunks.
 
-Algorithm 1 of https://arxiv.org/abs/2405.21060; the comments name its four steps. The
-backward pass is written out: it keeps each chunk's inputs and first state, nothing of
-size L x L, and takes the gradient of a decay as a sum of the terms that cross it, so
-that nothing cancels, however strong the decay.
+Algorithm 1 of https://arxiv.org/abs/2405.21060; the comments name its four steps. x and
+y stay as they lie in memory, tokens by heads by channels: what is made head by head is
+turned within a chunk, which is in the processor's cache.
+
+The backward pass is written out: it keeps each chunk's inputs and first state, nothing
+of size L x L, and takes the gradient of a decay as a sum of the terms that cross it.
+Terms between two tokens enter as what the later one receives less what the earlier one
+sends, from the same numbers and without the token's own, which no decay touches: only
+rounding is left of those that do not cross, however strong the decay.
 """
 
 import functools
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -29,30 +35,35 @@ def ssd(
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N P S"]]:
     """See `api.ssd`."""
     cut = chunks.cut(x, dt, a, b, c, starts, chunk_size)
-    state = chunks.split_heads(initial_state, G=b.shape[2])
+    state = einops.rearrange(initial_state, "B (G r) P S -> B G S r P", G=b.shape[2])
     y, state = _scan(cut, state)
-    return chunks.join(y, T=x.shape[1]), chunks.merge_heads(state)
+    y = chunks.join(y, T=x.shape[1])
+    return y, einops.rearrange(state, "B G S r P -> B (G r) P S")
 
 
 @jax.custom_vjp
-def _scan(cut: Chunks, state: Float[Array, "B G r P S"]):
+def _scan(cut: Chunks, state: Float[Array, "B G S r P"]):
     return _forward(cut, state)[0]
 
 
-def _forward(cut: Chunks, state: Float[Array, "B G r P S"]):
+def _forward(cut: Chunks, state: Float[Array, "B G S r P"]):
     """All chunks in order: (outputs, last state), and what the backward pass needs."""
 
     def one_chunk(state, chunk):
-        xdt, log_decay, b, c, run = chunk
+        x, dt, log_decay, b, c, run = chunk
         decay = chunks.decay(log_decay, run)
         # 1. Within the chunk: attention whose mask is the decay between positions.
         scores = jnp.einsum("BGlS,BGmS->BGlm", c, b)[:, :, None]
-        y = jnp.einsum("BGrlm,BGrmP->BGrlP", scores * decay.between, xdt)
+        weights = scores * decay.between * dt[..., None, :]
+        inside = jnp.einsum("BGrlm,BGrmP->BGrlP", weights, _by_head(x))
         # 2. What earlier chunks left behind, read through this chunk's decay.
-        y += jnp.einsum("BGlS,BGrPS->BGrlP", c, state) * decay.from_start
+        before = jnp.einsum("BGlS,BGSrP->BGlrP", c, state)
+        before = einops.rearrange(before, "B G l r P -> B l G r P")
+        y = _by_token(inside) + before * _by_token(decay.from_start)
         # 3. and 4. This chunk's own state, added to the decayed one it was given.
-        own = jnp.einsum("BGmS,BGrmP->BGrPS", b, xdt * decay.to_end)
-        return decay.across * state + own, (y, state)
+        x_end = x * _by_token(decay.to_end * dt[..., None])
+        own = jnp.einsum("BGmS,BmGrP->BGSrP", b, x_end)
+        return _per_state(decay.across) * state + own, (y, state)
 
     last, (y, states) = jax.lax.scan(one_chunk, state, cut)
     return (y, last), (cut, states)
@@ -60,53 +71,61 @@ def _forward(cut: Chunks, state: Float[Array, "B G r P S"]):
 
 def _backward(residuals, cotangents):
     """The chunks in reverse; `dz` is the cotangent of z."""
+    (cut, states), (dy, dlast) = residuals, cotangents
+    lower = jnp.tril(jnp.ones((cut.dt.shape[-1],) * 2, dy.dtype))
+    earlier = jnp.tril(lower, -1)
 
     def one_chunk(dstate, inputs):
-        (xdt, log_decay, b, c, run), state, dy = inputs
+        (x, dt, log_decay, b, c, run), state, dy = inputs
         decay = chunks.decay(log_decay, run)
         scores = jnp.einsum("BGlS,BGmS->BGlm", c, b)[:, :, None]
+        x, dy = _by_head(x), _by_head(dy)
+        xdt = x * dt[..., None]
 
         dscores = jnp.einsum("BGrlP,BGrmP->BGrlm", dy, xdt) * decay.between
+        pairs = dscores * (scores * earlier)
         dy_start = dy * decay.from_start
-        dc = jnp.einsum("BGrlP,BGrPS->BGrlS", dy_start, state)
-        dxdt_end = jnp.einsum("BGmS,BGrPS->BGrmP", b, dstate) * decay.to_end
+        dc = jnp.einsum("BGrlP,BGSrP->BGrlS", dy_start, state)
+        dxdt_end = jnp.einsum("BGmS,BGSrP->BGrmP", b, dstate) * decay.to_end
         dxdt = jnp.einsum("BGrlm,BGrlP->BGrmP", scores * decay.between, dy) + dxdt_end
-        db = jnp.einsum("BGrmP,BGrPS->BGmS", xdt * decay.to_end, dstate)
+        db = jnp.einsum("BGrmP,BGSrP->BGmS", xdt * decay.to_end, dstate)
         # The terms of the loss that a token's decay is a factor of, by where they go.
         crossing = (
-            _sum_across(dscores * scores),
-            _sum_last(dc * c[:, :, None]),
+            _sum_last(pairs) - pairs.sum(-2) + _sum_last(dc * c[:, :, None]),
             _sum_last(dxdt_end * xdt),
-            jnp.sum(dstate * state * decay.across, axis=(-2, -1)),
+            jnp.sum(dstate * state, axis=(2, 4)) * decay.across[..., 0, 0],
         )
         dscores = dscores.sum(2)
         dc = dc.sum(2) + jnp.einsum("BGlm,BGmS->BGlS", dscores, b)
         db += jnp.einsum("BGlm,BGlS->BGmS", dscores, c)
-        dstate = decay.across * dstate
-        dstate += jnp.einsum("BGlS,BGrlP->BGrPS", c, dy_start)
-        return dstate, (dxdt, db, dc, crossing)
+        dstate = _per_state(decay.across) * dstate
+        dstate += jnp.einsum("BGlS,BGrlP->BGSrP", c, dy_start)
+        dx = _by_token(dxdt * dt[..., None])
+        return dstate, (dx, _sum_last(dxdt * x), db, dc, crossing)
 
-    (cut, states), (dy, dlast) = residuals, cotangents
-    dstate, (dxdt, db, dc, crossing) = jax.lax.scan(
+    dstate, (dx, ddt, db, dc, (to_later, to_end, across)) = jax.lax.scan(
         one_chunk, dlast, (cut, states, dy), reverse=True
     )
-    inside, from_start, to_end, across = crossing
-    lower = jnp.tril(jnp.ones((dxdt.shape[-2],) * 2, dxdt.dtype))
     matmul = functools.partial(jnp.matmul, precision="highest")
-    dlog_decay = inside + across[..., None]
-    dlog_decay += matmul(from_start, lower)  # State into l: all decays up to l.
-    dlog_decay += matmul(to_end, jnp.triu(lower.T, 1))  # m into state: all after m.
-    return Chunks(dxdt, dlog_decay, db, dc, None), dstate
+    dlog_decay = matmul(to_later, lower)  # Into l: all decays up to l.
+    dlog_decay += matmul(to_end, earlier.T)  # Of m, into the state: all after m.
+    dlog_decay += across[..., None]
+    return Chunks(dx, ddt, dlog_decay, db, dc, None), dstate
 
 
 _scan.defvjp(_forward, _backward)
 
 
-def _sum_across(terms: Float[Array, "B G r L L"]) -> Float[Array, "B G r L"]:
-    """For each token t, the sum of the terms from an m < t to an l >= t."""
-    lower = jnp.tril(jnp.ones((terms.shape[-1],) * 2, terms.dtype))
-    before = jnp.einsum("BGrlm,mt->BGrlt", terms, jnp.triu(lower.T, 1))
-    return jnp.sum(before * lower, axis=-2)
+def _by_head(z: Float[Array, "B L G r P"]) -> Float[Array, "B G r L P"]:
+    return einops.rearrange(z, "B L G r P -> B G r L P")
+
+
+def _by_token(z: Float[Array, "B G r L P"]) -> Float[Array, "B L G r P"]:
+    return einops.rearrange(z, "B G r L P -> B L G r P")
+
+
+def _per_state(across: Float[Array, "B G r 1 1"]) -> Float[Array, "B G 1 r 1"]:
+    return einops.rearrange(across, "B G r 1 1 -> B G 1 r 1")
 
 
 def _sum_last(terms: Float[Array, "B G r L X"]) -> Float[Array, "B G r L"]:
