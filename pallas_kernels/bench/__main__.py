@@ -1,12 +1,13 @@
 """What the ops cost: `python -m pallas_kernels.bench`, and one of
 
-aot    what the kernels compile to for real chips, with no chip
-ssd    the SSD on CPU, against mamba2-jax's and against length
+aot       what the kernels compile to for real chips, with no chip
+accuracy  how far the SSD's TPU kernels in bfloat16 are from float64
+ssd       the SSD on CPU, against mamba2-jax's and against length
 """
 
 import argparse
 
-from pallas_kernels.bench import aot, ssd
+from pallas_kernels.bench import accuracy, aot, ssd
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench")
     commands = parser.add_subparsers(required=True, metavar="command")
     aot.add_command(commands)
+    accuracy.add_command(commands)
     ssd.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
