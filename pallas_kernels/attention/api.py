@@ -1,20 +1,23 @@
 """Public entry point of attention: checks arguments, then picks an implementation."""
 
-from collections.abc import Callable
+import logging
 from typing import Literal, get_args
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention import blockwise, xla
+from pallas_kernels.attention import blockwise, cudnn, splash_tpu, xla
 from pallas_kernels.platform import target_platform
 
-Implementation = Literal["xla", "blockwise"]
+Implementation = Literal["splash_tpu", "cudnn", "xla", "blockwise"]
 
-_PREFERRED: dict[str, Implementation] = {
-    "cpu": "blockwise",
-    "gpu": "xla",
-    "tpu": "xla",
+_FILES = {
+    "splash_tpu": splash_tpu,
+    "cudnn": cudnn,
+    "xla": xla,
+    "blockwise": blockwise,
 }
+# Splash takes queries in blocks of 128: a decoded token would be padding for the most.
+_FEW_QUERIES = 128
 
 
 def attention(
@@ -49,30 +52,45 @@ def attention(
       kv_length: How many keys exist; the rest of a cache is ignored.
       scale: Multiplies the logits; H ** -0.5 by default.
       implementation: Which one to run; a named one is run or raises, never replaced.
-        By default the fastest on this platform; "blockwise" for a cache, whose
-        `kv_length` the cost then follows.
+        By default the first that takes the arguments of those that suit the platform.
+        The cost of "splash_tpu" and "blockwise" follows `kv_length`.
+
+    Raises:
+      NotImplementedError: The named implementation does not take these arguments.
     """
     _check(q, k, v, q_segment_ids, kv_segment_ids, kv_mask)
-    preferred = _PREFERRED[target_platform()] if kv_length is None else "blockwise"
-    name = implementation or preferred
-    run: dict[Implementation, Callable] = {
-        "xla": xla.attention,
-        "blockwise": blockwise.attention,
-    }
-    if name not in run:
+    if implementation not in (None, *get_args(Implementation)):
         raise ValueError(f"{implementation=} is not one of {get_args(Implementation)}.")
-    return run[name](
-        q,
-        k,
-        v,
-        causal=causal,
-        q_segment_ids=q_segment_ids,
-        kv_segment_ids=kv_segment_ids,
-        kv_mask=kv_mask,
-        q_offset=q_offset,
-        kv_length=k.shape[1] if kv_length is None else kv_length,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )
+    rules = {
+        "causal": causal,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "kv_mask": kv_mask,
+        "q_offset": q_offset,
+        "kv_length": k.shape[1] if kv_length is None else kv_length,
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+    }
+    if implementation is not None:
+        return _FILES[implementation].attention(q, k, v, **rules)
+    *kernels, fallback = _preferred(q.shape[1], cached=kv_length is not None)
+    for name in kernels:
+        try:
+            return _FILES[name].attention(q, k, v, **rules)
+        except NotImplementedError as refusal:
+            # The kernel says these arguments are not its own; XLA takes them all.
+            logging.info("attention runs as %r: %s", fallback, refusal)
+    return _FILES[fallback].attention(q, k, v, **rules)
+
+
+def _preferred(queries: int, cached: bool) -> tuple[Implementation, ...]:
+    """What suits the platform, the best first; the last takes all arguments."""
+    platform = target_platform()
+    fallback = "blockwise" if cached or platform == "cpu" else "xla"
+    if platform == "tpu" and queries >= _FEW_QUERIES:
+        return "splash_tpu", fallback
+    if platform == "gpu" and not cached:
+        return "cudnn", fallback
+    return (fallback,)
 
 
 def _check(q, k, v, q_segment_ids, kv_segment_ids, kv_mask) -> None:
