@@ -1,6 +1,6 @@
 """Compiles one program for one chip, in a process of its own; no chip is needed.
 
-    python -m pallas_kernels.bench.compiled v5e forward
+    python -m pallas_kernels.bench.compiled v5e forward null ssd
 
 prints what the compiler says, as JSON. libtpu reads its options once, from the
 environment, when JAX starts it: hence the process.
@@ -31,7 +31,9 @@ def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def compile_apart(chip: str, direction: str, shape: tuple | None = None) -> dict:
+def compile_apart(
+    chip: str, direction: str, shape: tuple | None = None, op: str = "ssd"
+) -> dict:
     """Compiles in another process: bytes, and bundles of each kernel.
 
     Raises:
@@ -43,14 +45,14 @@ def compile_apart(chip: str, direction: str, shape: tuple | None = None) -> dict
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "pallas_kernels.bench.compiled"),
-                *(chip, direction, json.dumps(shape)),
+                *(chip, direction, json.dumps(shape), op),
             ],
             env=environment | {_DUMP: folder},
             capture_output=True,
             text=True,
         )
     if done.returncode:
-        raise RuntimeError(f"{chip} {direction} {shape}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{op} {chip} {direction} {shape}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -62,16 +64,22 @@ def _bundles(folder: str, kernel: str) -> int:
     return sum(bool(row.strip()) for row in rows.splitlines())
 
 
-def _compile_here(chip_name: str, direction: str, shape: list | None) -> dict:
+def _compile_here(chip_name: str, direction: str, shape: str, op: str) -> dict:
     import jax
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from pallas_kernels.bench import programs
+    from pallas_kernels.bench import attention_programs, conv_programs, programs
     from pallas_kernels.bench.chips import CHIPS
 
-    shape = programs.Shape(*shape) if shape else programs.NANO_9B
+    programs = {
+        "ssd": programs,
+        "attention": attention_programs,
+        "causal_conv1d": conv_programs,
+    }[op]
+    sizes = json.loads(shape)
+    shape = programs.Shape(*sizes) if sizes else programs.NANO_9B
     program = programs.DIRECTIONS[direction](shape)
     topology = CHIPS[chip_name].topology
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
@@ -90,6 +98,10 @@ def _compile_here(chip_name: str, direction: str, shape: list | None) -> dict:
         "input_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
+        # Right where there are no loops, and no kernels, whose bytes XLA can't see.
+        "accessed_bytes": compiled.cost_analysis()["bytes accessed"],
+        "counted": program.counted,
+        "flops": program.flops,
         "bundles": {
             kernel: times * _bundles(os.environ[_DUMP], kernel)
             for kernel, times in program.executions.items()
@@ -98,4 +110,4 @@ def _compile_here(chip_name: str, direction: str, shape: list | None) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compile_here(*sys.argv[1:3], json.loads(sys.argv[3]))))
+    print(json.dumps(_compile_here(*sys.argv[1:])))

@@ -25,11 +25,17 @@ NANO_9B = Shape(32768, 128, 80, 8, 128)
 
 
 class Program(NamedTuple):
-    """A function of arrays, their shapes, and how often each kernel's code runs."""
+    """A function of arrays, their shapes, and how often each kernel's code runs.
+
+    `counted` are the kernels of this direction; none where XLA does all. `flops` are
+    those of matmuls, where they and not the memory may bound the op.
+    """
 
     run: Callable
     inputs: dict[str, jax.ShapeDtypeStruct]
     executions: dict[str, int]
+    counted: tuple[str, ...]
+    flops: float = 0
 
 
 def forward(shape: Shape) -> Program:
@@ -70,12 +76,13 @@ def forward(shape: Shape) -> Program:
     }
     sizes = _plan(shape)
     sets = sizes.groups * sizes.parts
-    return Program(run, inputs, {"ssd_forward": sets * (sizes.blocks + 2)})
+    executions = {"ssd_forward": sets * (sizes.blocks + 2)}
+    return Program(run, inputs, executions, ("ssd_forward",))
 
 
 def backward(shape: Shape) -> Program:
     """The same with the gradient of every argument, from outputs and last state."""
-    run, inputs, executions = forward(shape)
+    run, inputs, executions, *_ = forward(shape)
 
     def with_gradients(segment_ids, dy, dlast, **arrays):
         outputs, pull = jax.vjp(lambda z: run(**z, segment_ids=segment_ids), arrays)
@@ -86,7 +93,7 @@ def backward(shape: Shape) -> Program:
     blocks = spans * sizes.blocks_per_span
     inputs = inputs | {"dy": inputs["x"], "dlast": inputs["state"]}
     executions = executions | {"ssd_backward": sizes.groups * sizes.parts * blocks}
-    return Program(with_gradients, inputs, executions)
+    return Program(with_gradients, inputs, executions, ("ssd_backward",))
 
 
 DIRECTIONS = {"forward": forward, "backward": backward}

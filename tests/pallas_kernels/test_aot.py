@@ -32,3 +32,28 @@ def test_nano_9b_compiles_in_little_memory(chip):
 def test_odd_shapes_compile(shape):
     report = compiled.compile_apart("v5e", "backward", shape)
     assert report["bundles"]["ssd_backward"] > 0
+
+
+# Nano-9B's heads and a length that no large block divides; the encoder's heads; one
+# key head, float32 and a ragged end.
+ATTENTION = [
+    ("v5e", (4352, 40, 8, 128)),
+    ("v5p", (4352, 40, 8, 128)),
+    ("v6e", (4352, 40, 8, 128)),
+    ("v5e", (729, 16, 16, 72)),
+    ("v5e", (500, 4, 1, 80, "float32")),
+]
+
+
+@pytest.mark.parametrize("chip, shape", ATTENTION)
+def test_attention_compiles_to_splash_kernels(chip, shape):
+    for direction in ("forward", "backward"):
+        report = compiled.compile_apart(chip, direction, shape, op="attention")
+        assert all(report["bundles"][kernel] > 0 for kernel in report["counted"])
+
+
+def test_the_convolution_compiles():
+    report = compiled.compile_apart(
+        "v5e", "backward", (1000, 256, 4), op="causal_conv1d"
+    )
+    assert report["accessed_bytes"] > report["input_bytes"]
