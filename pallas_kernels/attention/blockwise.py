@@ -39,6 +39,50 @@ def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
+    **rules,
+) -> Float[Array, "B T N H"]:
+    """See `api.attention`."""
+    if not q.shape[1] or not k.shape[1]:
+        return jnp.zeros_like(q)
+    rules, settings, block_q = _settled(q, k, **rules)
+    out = _attend(_rows(q, k.shape[2], block_q), k, v, rules, settings)
+    return _by_token(out, q.shape[1])
+
+
+def part(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    **rules,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """What some of the keys give, and the logarithm of the sum of their weights."""
+    rules, settings, block_q = _settled(q, k, **rules)
+    rows = _rows(q, k.shape[2], block_q)
+    out, (*_, log_total) = _forward(rows, k, v, rules, settings)
+    T = q.shape[1]
+    return _by_token(out, T), _by_token(log_total, T)[..., 0]
+
+
+def part_gradients(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    out: Float[Array, "B T N H"],
+    log_total: Float[Array, "B T N"],
+    dout: Float[Array, "B T N H"],
+    **rules,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Gradients of q, k, v through these keys; `out`, `log_total` are of all keys."""
+    rules, settings, block_q = _settled(q, k, **rules)
+    rows = functools.partial(_rows, K=k.shape[2], block_q=block_q)
+    residuals = rows(q), k, v, rules, rows(out), rows(log_total[..., None])
+    dq, dk, dv, _ = _backward(settings, residuals, rows(dout))
+    return _by_token(dq, q.shape[1]), dk, dv
+
+
+def _settled(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
     *,
     causal: bool,
     q_segment_ids: Int[Array, "B T"] | None,
@@ -49,11 +93,8 @@ def attention(
     scale: float,
     block_q: int = 128,
     block_kv: int = 512,
-) -> Float[Array, "B T N H"]:
-    """See `api.attention`; `r` counts the query heads that share a key head."""
-    T, (S, K) = q.shape[1], k.shape[1:3]
-    if not T or not S:
-        return jnp.zeros_like(q)
+) -> tuple[Rules, Settings, int]:
+    S = k.shape[1]
     rules = Rules(
         q_segment_ids=_blocks(q_segment_ids, block_q),
         kv_segment_ids=kv_segment_ids,
@@ -61,10 +102,19 @@ def attention(
         q_offset=q_offset,
         kv_length=jnp.minimum(kv_length, S),
     )
-    rows = _blocks(einops.rearrange(q, "B T (K r) H -> B T K r H", K=K), block_q)
-    rows = einops.rearrange(rows, "J B Q K r H -> J B K r Q H")
-    out = _attend(rows, k, v, rules, Settings(causal, scale, min(block_kv, S)))
-    return einops.rearrange(out, "J B K r Q H -> B (J Q) (K r) H")[:, :T]
+    return rules, Settings(causal, scale, min(block_kv, S)), block_q
+
+
+def _rows(
+    z: Float[Array, "B T N X"], K: int, block_q: int
+) -> Float[Array, "J B K r Q X"]:
+    """Blocks of queries; `r` counts the query heads that share a key head."""
+    rows = _blocks(einops.rearrange(z, "B T (K r) X -> B T K r X", K=K), block_q)
+    return einops.rearrange(rows, "J B Q K r X -> J B K r Q X")
+
+
+def _by_token(z: Float[Array, "J B K r Q X"], T: int) -> Float[Array, "B T N X"]:
+    return einops.rearrange(z, "J B K r Q X -> B (J Q) (K r) X")[:, :T]
 
 
 def _blocks(z: Shaped[Array, "B T *rest"] | None, size: int):
