@@ -1,8 +1,9 @@
 """Block sizes of the splash kernels, chosen for each shape from a table of costs.
 
-`blocks.json` says what one visit of a tile costs, for each kernel and width of heads:
+`blocks.json` says what one visit of a tile costs each kernel, in cycles that the
+compiler counts and an assumed pause between two visits; nothing in it was timed.
 `python -m pallas_kernels.bench blocks` compiles the kernels for real chips and writes
-it. Costs are static, as the compiler counts them; nothing in it was timed.
+it. Tiles that causality or segments rule out are not told apart: every tile counts.
 """
 
 import functools

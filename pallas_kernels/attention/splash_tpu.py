@@ -135,9 +135,10 @@ def _arranged(
     kv_length: Int[Array, ""] | int,
     scale: float,
     save_residuals: bool = False,
+    sizes: blocks.Blocks | None = None,
 ) -> _Call:
     (B, T, _, H), S = q.shape, k.shape[1]
-    sizes = blocks.choose(T, S, H)
+    sizes = sizes or blocks.choose(T, S, H)
     behind_q, behind_kv = -T % sizes.multiple_q, -S % sizes.multiple_kv
     positions = q_offset + jnp.arange(T + behind_q, dtype=jnp.int32)
     q_ids, kv_ids = _segments(

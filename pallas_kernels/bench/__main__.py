@@ -1,13 +1,14 @@
 """What the ops cost: `python -m pallas_kernels.bench`, and one of
 
-aot       what the kernels compile to for real chips, with no chip
+aot       what the ops compile to for real chips, with no chip
+blocks    what attention's tiles cost: writes the table that they are chosen from
 accuracy  how far the SSD's TPU kernels in bfloat16 are from float64
 ssd       the SSD on CPU, against mamba2-jax's and against length
 """
 
 import argparse
 
-from pallas_kernels.bench import accuracy, aot, ssd
+from pallas_kernels.bench import accuracy, aot, blocks, ssd
 
 
 def main() -> None:
@@ -15,6 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench")
     commands = parser.add_subparsers(required=True, metavar="command")
     aot.add_command(commands)
+    blocks.add_command(commands)
     accuracy.add_command(commands)
     ssd.add_command(commands)
     arguments = parser.parse_args()

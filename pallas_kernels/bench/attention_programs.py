@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import attention, blocks
+from pallas_kernels.attention import attention, blocks, splash_tpu
 from pallas_kernels.bench.programs import Program
 
 
@@ -17,6 +17,7 @@ class Shape(NamedTuple):
     kv_heads: int
     head_dim: int
     dtype: str = "bfloat16"
+    tile: tuple[int, int] | None = None  # Queries, keys; chosen from the table.
 
 
 NANO_9B = Shape(32768, 40, 8, 128)
@@ -26,7 +27,7 @@ BACKWARD = ("splash_mha_dq_segmented", "splash_mha_dkv_segmented")
 
 def forward(shape: Shape) -> Program:
     """Attention of packed samples."""
-    T, N, K, H, dtype = shape
+    T, N, K, H, dtype, _ = shape
 
     def run(q, k, v, segment_ids):
         return attention(
@@ -56,7 +57,7 @@ def backward(shape: Shape) -> Program:
         out, pull = jax.vjp(lambda z: run(**z, segment_ids=segment_ids), arrays)
         return out, pull(dy)
 
-    T, N, _, H, _ = shape
+    T, N, _, H, *_ = shape
     sizes = blocks.choose(T, T, H)
     tiles = zip(BACKWARD, (sizes.dq, sizes.dkv), strict=True)
     executions = {kernel: N * _visited(T, *tile) for kernel, tile in tiles}
@@ -64,7 +65,33 @@ def backward(shape: Shape) -> Program:
     return Program(with_gradients, inputs, executions, BACKWARD, _matmuls(shape, 5))
 
 
-DIRECTIONS = {"forward": forward, "backward": backward}
+def one_tile(shape: Shape) -> Program:
+    """Forward and backward in tiles of one size; a visit of each kernel is counted."""
+    _, inputs, *_ = backward(shape)
+    sizes = blocks.Blocks(*3 * [tuple(shape.tile)], *shape.tile)
+
+    def run(segment_ids, dy, **arrays):
+        def packed(arrays):
+            return splash_tpu.attention(
+                **arrays,
+                causal=True,
+                q_segment_ids=segment_ids,
+                kv_segment_ids=segment_ids,
+                kv_mask=None,
+                q_offset=0,
+                kv_length=shape.tokens,
+                scale=1.0,
+                sizes=sizes,
+            )
+
+        out, pull = jax.vjp(packed, arrays)
+        return out, pull(dy)
+
+    kernels = ("splash_mha_fwd_segmented_residuals", *BACKWARD)
+    return Program(run, inputs, dict.fromkeys(kernels, 1), kernels)
+
+
+DIRECTIONS = {"forward": forward, "backward": backward, "tile": one_tile}
 
 
 def _visited(T: int, block_q: int, block_kv: int) -> int:
@@ -75,5 +102,5 @@ def _visited(T: int, block_q: int, block_kv: int) -> int:
 
 def _matmuls(shape: Shape, count: int) -> float:
     """Floating point operations of matmuls over the pairs that causality leaves."""
-    T, N, _, H, _ = shape
+    T, N, _, H, *_ = shape
     return count * 2 * N * H * T * (T + 1) / 2
