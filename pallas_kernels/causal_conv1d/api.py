@@ -70,28 +70,42 @@ def causal_conv1d(
         raise ValueError(f"{implementation=} is not one of {get_args(Implementation)}.")
 
     if initial_state is None:
-        initial_state = jnp.zeros((B, K - 1, C))
-    padded = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
-    starts = None
-    if segment_ids is not None:
-        starts = jnp.pad(segment_starts(segment_ids), [(0, 0), (K - 1, 0)])
-    y = run[name](padded, weight, bias, starts)
-    y = jax.nn.silu(y) if activation == "silu" else y
-    ends = jnp.full((B,), T) if lengths is None else lengths
-    return y.astype(x.dtype), _last_inputs(padded, starts, ends, K)
+        initial_state = jnp.zeros((B, K - 1, C), x.dtype)
+    starts = None if segment_ids is None else segment_starts(segment_ids)
+    y = run[name](x, weight, bias, initial_state, starts, activation)
+    return y, _last_inputs(x, initial_state.astype(x.dtype), starts, lengths)
 
 
 def _last_inputs(
-    padded: Float[Array, "B I C"],
-    starts: Bool[Array, "B I"] | None,
-    ends: Int[Array, "B"],
-    K: int,
-) -> Float[Array, "B {K}-1 C"]:
-    """The K - 1 inputs before each row's end, zero where they are another segment's."""
-    index = ends[:, None] + jnp.arange(K - 1)  # B K-1
-    state = jnp.take_along_axis(padded, index[..., None], axis=1)
+    x: Float[Array, "B T C"],
+    initial_state: Float[Array, "B W C"],
+    starts: Bool[Array, "B T"] | None,
+    lengths: Int[Array, "B"] | None,
+) -> Float[Array, "B W C"]:
+    """The W inputs before each row's end, zero where they are another segment's."""
+    (B, T, _), W = x.shape, initial_state.shape[1]
+    if lengths is None:
+        lengths = jnp.full((B,), T)
+        state = jnp.concatenate([initial_state, x[:, max(T - W, 0) :]], axis=1)
+        state = state[:, state.shape[1] - W :]
+    else:
+        state = _before_end(x, initial_state, lengths)
     if starts is None:
         return state
-    starts = jnp.take_along_axis(starts, index, axis=1)
-    starts_after = jax.lax.cumsum(starts.astype(int), axis=1, reverse=True) - starts
-    return jnp.where(starts_after[..., None] == 0, state, 0)
+    index = lengths[:, None] + jnp.arange(W) - W  # B W
+    begun = jnp.take_along_axis(starts, jnp.maximum(index, 0), axis=1) & (index >= 0)
+    begun_after = jax.lax.cumsum(begun.astype(int), axis=1, reverse=True) - begun
+    return jnp.where(begun_after[..., None] == 0, state, 0)
+
+
+def _before_end(
+    x: Float[Array, "B T C"],
+    initial_state: Float[Array, "B W C"],
+    lengths: Int[Array, "B"],
+) -> Float[Array, "B W C"]:
+    """The W inputs before each row's end, gathered with no copy of x."""
+    W = initial_state.shape[1]
+    index = (lengths[:, None] + jnp.arange(W))[..., None]  # B W 1, from the state's.
+    late = jnp.take_along_axis(x, jnp.maximum(index - W, 0), axis=1)
+    early = jnp.take_along_axis(initial_state, jnp.minimum(index, W - 1), axis=1)
+    return jnp.where(index < W, early, late)
