@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
 
 
 @functools.cache
-def table() -> dict[int, dict[str, dict[Block, float]]]:
+def table() -> dict[int, dict[str, dict[Block, int]]]:
     """Cycles of a visit by width of heads, kernel and block."""
     widths = json.loads(TABLE.read_text())["cycles"]
     block = lambda text: tuple(int(size) for size in text.split("x"))
@@ -70,12 +70,16 @@ def choose(T: int, S: int, head_dim: int) -> Blocks:
 
 
 def _blocks(
-    costs: dict[str, dict[Block, float]], T: int, S: int, multiple_q: int, multiple_kv
-) -> tuple[float, Blocks]:
+    costs: dict[str, dict[Block, int]],
+    T: int,
+    S: int,
+    multiple_q: int,
+    multiple_kv: int,
+) -> tuple[int, Blocks]:
     """Cycles if every tile is visited, and the best blocks for these multiples."""
     T, S = -(-T // multiple_q) * multiple_q, -(-S // multiple_kv) * multiple_kv
 
-    def best(kernel: str) -> tuple[float, Block]:
+    def best(kernel: str) -> tuple[int, Block]:
         return min(
             (cost * (T // q) * (S // kv), (q, kv))
             for (q, kv), cost in costs[kernel].items()
