@@ -57,18 +57,20 @@ def _backward(sizes: Plan, residuals, cotangents):
     row = rows.make(dt, a, starts, sizes)
     own = states.of_chunks(dy, c, row.from_start, sizes)
     after, dstate, across = states.scan_back(dlast, row.across, own, before, sizes)
-    out = backward.of_channels(x, dy, row, b, c, d, after, sizes)
-    pairs = backward.of_pairs(x, dy, row, sizes)
+    dx, direct, dd = backward.of_channels(x, dy, row, b, c, d, after, sizes)
+    pairs = backward.of_pairs(x, dy, row, b, c, sizes)
     dc, from_start = backward.of_maps(
-        dy, row.from_start, c, b, before, pairs, sizes, late=True
+        dy, row.from_start, c, b, before, pairs.scores, sizes, late=True
     )
     db, to_end = backward.of_maps(
-        x, row.dt * row.to_end, b, c, after, pairs, sizes, late=False
+        x, row.dt * row.to_end, b, c, after, pairs.scores, sizes, late=False
     )
-    dlog = rows.dlog_decay(out.inside, out.strips, from_start, to_end, across, sizes)
-    ddt = rows.join(out.direct + a[:, None, None] * dlog, sizes)
-    da, dd = jnp.sum(row.dt * dlog, axis=(0, 2, 3)), jnp.sum(out.dd, axis=(0, 2, 3))
-    return out.dx, ddt, da, db, dc, dd, dstate, None
+    dlog_decay = rows.dlog_decay(
+        pairs.by_late, pairs.by_early, from_start, to_end, across, sizes
+    )
+    ddt = rows.join(direct + a[:, None, None] * dlog_decay, sizes)
+    da = jnp.sum(row.dt * dlog_decay, axis=(0, 2, 3))
+    return dx, ddt, da, db, dc, jnp.sum(dd, axis=(0, 2, 3)), dstate, None
 
 
 _ssd.defvjp(_forward, _backward)

@@ -1,8 +1,8 @@
 """The gradients of a chunk, once its first state and its last's cotangent are known.
 
 Three kernels: one makes dx of a head; one multiplies y's cotangents by x for all pairs
-of tokens and sums over the heads of a group; and from these sums a third makes db and
-dc, which are one program with the roles of early and late exchanged.
+of tokens, for the decay between them, and sums over the heads of a group; and from
+these sums a third makes db and dc, one program with early and late exchanged.
 """
 
 from typing import NamedTuple
@@ -10,21 +10,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.ssd.gpu import pieces
 from pallas_kernels.ssd.gpu.plan import TILE, Plan
 from pallas_kernels.ssd.gpu.rows import Rows
-
-
-class Channels(NamedTuple):
-    """What a head's kernel finds out; for the last three see `rows.dlog_decay`."""
-
-    dx: Float[Array, "B T N P"]
-    dd: Float[Array, "B N C I"]
-    direct: Float[Array, "B N C L"]  # The part of dt's cotangent that is not decay's.
-    inside: Float[Array, "B N C L"]
-    strips: Float[Array, "B N C I L"]
 
 
 def of_channels(
@@ -36,15 +26,13 @@ def of_channels(
     d: Float[Array, "N"],
     dstates: Float[Array, "B N C S P"],
     plan: Plan,
-) -> Channels:
-    """Gradients of x and d, and two parts of those of dt and the decay.
+) -> tuple[Float[Array, "B T N P"], Float[Array, "B N C L"], Float[Array, "B N C I"]]:
+    """dx; of dt's cotangent, the part that is not decay's; d's, tile by tile.
 
-    Args:
-      dstates: Cotangents of the state after every chunk.
+    `dstates` are cotangents of the state after every chunk.
     """
-    row, tile_row = pieces.rows(plan), pieces.rows_of_tile(plan)
-    sizes = (plan.batch, plan.heads, plan.chunks)
-    out = pieces.call(
+    row, sizes = pieces.rows(plan), (plan.batch, plan.heads, plan.chunks)
+    return pieces.call(
         ssd_gpu_dx,
         plan,
         grid=pieces.grid(plan, tiles=plan.tiles),
@@ -56,20 +44,15 @@ def of_channels(
         ],
         out_specs=[
             pieces.channels_of_tile(plan),
+            pieces.rows_of_tile(plan),
             pieces.per_tile(plan),
-            tile_row,
-            tile_row,
-            pieces.strips(plan),
         ],
         out_shape=[
             pieces.struct(x.shape, x.dtype),
+            pieces.struct((*sizes, plan.chunk)),
             pieces.struct((*sizes, plan.tiles)),
-            pieces.struct((*sizes, plan.chunk)),
-            pieces.struct((*sizes, plan.chunk)),
-            pieces.struct((*sizes, plan.tiles, plan.chunk)),
         ],
     )(x, dy, b, c, rows.dt, rows.log_decay, rows.to_end, rows.run, d, dstates)
-    return Channels(*out)
 
 
 def ssd_gpu_dx(
@@ -84,10 +67,8 @@ def ssd_gpu_dx(
     d_ref,
     dstate_ref,
     dx_ref,
-    dd_ref,
     direct_ref,
-    inside_ref,
-    strip_ref,
+    dd_ref,
     *,
     plan: Plan,
 ):
@@ -95,97 +76,141 @@ def ssd_gpu_dx(
     own, valid = pieces.program_tile(), pieces.validity(plan)
     there, every = valid(own), pieces.parts(plan.head_dim)
     token = lambda tile: pieces.token(tile, log_decay_ref, run_ref)
-    early, dt = token(own), dt_ref[pieces.rows_of(own)]
-    b = pieces.load_maps(b_ref, own, there)
-    x = [pieces.load(x_ref, (slice(None), part), there) for part in every]
+    early, b = token(own), pieces.load_maps(b_ref, own, there)
 
     def one_tile(tile, sums):
-        """Adds to the cotangent of dt x; also returns the terms of the two tiles."""
         there = valid(tile)
         c = pieces.load_maps(c_ref, tile, there)
         weight = pieces.matmul(b, c, (1, 1)) * pieces.decay(token(tile), early, 1)
         dy = pieces.load_channels(dy_ref, tile, plan, there)
-        sums = tuple(
+        return tuple(
             s + pieces.matmul(weight.astype(z.dtype), z)
             for s, z in zip(sums, dy, strict=True)
         )
-        terms = weight * pieces.over_parts(x, dy) * dt[:, None]
-        return sums, terms
-
-    def later_tile(tile, carry):
-        sums, terms = one_tile(tile, carry[0])
-        strip_ref[pieces.rows_of(tile)] = jnp.sum(terms, axis=0)
-        return sums, carry[1] + jnp.sum(terms, axis=1)
 
     to_end = to_end_ref[pieces.rows_of(own)][:, None]
-    sums = tuple(pieces.matmul(b, dstate_ref[:, part]) * to_end for part in every)
-    sums, terms = one_tile(own, sums)
-    carry = sums, jnp.zeros((TILE,), jnp.float32)
-    sums, leaving = lax.fori_loop(own + 1, plan.tiles, later_tile, carry)
-    inside_ref[...] = _crossing(terms, leaving, x[0].dtype)
+    leaving = tuple(pieces.matmul(b, dstate_ref[:, part]) * to_end for part in every)
+    sums = lax.fori_loop(own, plan.tiles, one_tile, leaving)
 
-    direct, dd = jnp.zeros((TILE,), jnp.float32), jnp.zeros((TILE,), jnp.float32)
-    for part, s, z in zip(every, sums, x, strict=True):
-        dy = pieces.load(dy_ref, (pieces.rows_of(own), part), there)
-        dy, z = dy.astype(jnp.float32), z.astype(jnp.float32)
-        dx = dt[:, None] * s + d_ref[0] * dy
-        pieces.store(dx_ref, (slice(None), part), dx, there)
-        direct, dd = direct + jnp.sum(z * s, axis=1), dd + jnp.sum(z * dy, axis=1)
+    dt, d = dt_ref[pieces.rows_of(own)][:, None], d_ref[0]
+    direct = dd = jnp.zeros((TILE,), jnp.float32)
+    for part, s in zip(every, sums, strict=True):
+        x = pieces.load(x_ref, (slice(None), part), there).astype(jnp.float32)
+        dy = pieces.load(dy_ref, (pieces.rows_of(own), part), there).astype(jnp.float32)
+        pieces.store(dx_ref, (slice(None), part), dt * s + d * dy, there)
+        direct, dd = direct + jnp.sum(x * s, axis=1), dd + jnp.sum(x * dy, axis=1)
     direct_ref[...], dd_ref[0] = direct, jnp.sum(dd)
 
 
-def _crossing(
-    terms: Float[Array, "L L"], leaving: Float[Array, "L"], dtype: jnp.dtype
-) -> Float[Array, "L"]:
-    """For each token of a tile, the sum of the terms from before it to it or behind.
+class Pairs(NamedTuple):
+    """What pairs of tokens say. A tile that would come before another holds anything.
 
-    `terms` go from the row's token to the column's, `leaving` to behind the tile.
+    Terms of the loss go from an early token to a late one.
     """
-    row, column = (lax.broadcasted_iota(jnp.int32, (TILE, TILE), i) for i in (0, 1))
-    up_to = pieces.matmul_with_ones(terms, row >= column, dtype)
-    return jnp.sum(jnp.where(row < column, up_to + leaving[:, None], 0), axis=0)
+
+    scores: Float[Array, "B C G L L"]  # Cotangents of c b^T (late, early).
+    by_late: Float[Array, "B N C I L"]  # From a tile (I), summed for each late token;
+    # within a tile, summed for each token that they cross.
+    by_early: Float[Array, "B N C I L"]  # To a later tile (I), for each early token.
 
 
 def of_pairs(
     x: Float[Array, "B T N P"],
     dy: Float[Array, "B T N P"],
     rows: Rows,
+    b: Float[Array, "B T G S"],
+    c: Float[Array, "B T G S"],
     plan: Plan,
-) -> Float[Array, "B C G L L"]:
-    """Cotangents of c b^T within chunks (late, early); above the diagonal, anything."""
-    shape = (plan.batch, plan.chunks, plan.groups, plan.chunk, plan.chunk)
-    row = pieces.rows_of_group(plan)
-    channels = pieces.channels_of_group(plan)
-    return pieces.call(
+) -> Pairs:
+    """Products of y's cotangents and x within chunks, in all that is made of them."""
+    row, channels = pieces.rows_of_group(plan), pieces.channels_of_group(plan)
+    maps = pieces.maps_of_group(plan)
+    sizes = (plan.batch, plan.heads, plan.chunks, plan.tiles, plan.chunk)
+    square = (plan.batch, plan.chunks, plan.groups, plan.chunk, plan.chunk)
+    out = pieces.call(
         ssd_gpu_dpairs,
         plan,
         grid=pieces.grid(plan, tiles=plan.tiles**2, groups=True),
-        in_specs=[channels, channels, row, row, pieces.runs(plan)],
-        out_specs=pieces.pair(plan),
-        out_shape=pieces.struct(shape, x.dtype),
-    )(x, dy, rows.dt, rows.log_decay, rows.run)
+        in_specs=[channels, channels, maps, maps, row, row, pieces.runs(plan)],
+        out_specs=[
+            pieces.pair(plan),
+            pieces.sums_of_pair(plan, late=True),
+            pieces.sums_of_pair(plan, late=False),
+        ],
+        out_shape=[
+            pieces.struct(square, x.dtype),
+            pieces.struct(sizes),
+            pieces.struct(sizes),
+        ],
+    )(x, dy, b, c, rows.dt, rows.log_decay, rows.run)
+    return Pairs(*out)
 
 
 def ssd_gpu_dpairs(
-    x_ref, dy_ref, dt_ref, log_decay_ref, run_ref, out_ref, *, plan: Plan
+    x_ref,
+    dy_ref,
+    b_ref,
+    c_ref,
+    dt_ref,
+    log_decay_ref,
+    run_ref,
+    scores_ref,
+    by_late_ref,
+    by_early_ref,
+    *,
+    plan: Plan,
 ):
     """A tile of late tokens with one of early tokens, all heads of a group."""
     valid = pieces.validity(plan)
-    late, early = (f(pl.program_id(0), plan.tiles) for f in (lax.div, lax.rem))
+    late, early = pieces.program_pair(plan)
 
-    def one_head(head, total):
-        token = lambda tile: pieces.token(tile, log_decay_ref, run_ref, (head,))
-        dy = pieces.load_channels(dy_ref, late, plan, valid(late), (head,))
-        x = pieces.load_channels(x_ref, early, plan, valid(early), (head,))
-        dt = dt_ref[head, pieces.rows_of(early)]
-        decay = pieces.decay(token(late), token(early))
-        return total + pieces.over_parts(dy, x) * decay * dt[None, :]
+    def over_heads(add_terms):
+        c = pieces.load_maps(c_ref, late, valid(late))
+        b = pieces.load_maps(b_ref, early, valid(early))
+        scores = pieces.matmul(c, b, (1, 1))
 
-    @pl.when(late >= early)
-    def _():
+        def one_head(head, total):
+            token = lambda tile: pieces.token(tile, log_decay_ref, run_ref, (head,))
+            dy = pieces.load_channels(dy_ref, late, plan, valid(late), (head,))
+            x = pieces.load_channels(x_ref, early, plan, valid(early), (head,))
+            dt = dt_ref[head, pieces.rows_of(early)]
+            dscores = pieces.over_parts(dy, x) * pieces.decay(token(late), token(early))
+            dscores *= dt[None, :]
+            add_terms(head, dscores * scores)
+            return total + dscores
+
         zeros = jnp.zeros((TILE, TILE), jnp.float32)
         total = lax.fori_loop(0, plan.heads_per_group, one_head, zeros)
-        out_ref[...] = total.astype(out_ref.dtype)
+        scores_ref[...] = total.astype(scores_ref.dtype)
+
+    @pl.when(late > early)
+    def _():
+        def add_terms(head, terms):
+            by_late_ref[head] = jnp.sum(terms, axis=1)
+            by_early_ref[head] = jnp.sum(terms, axis=0)
+
+        over_heads(add_terms)
+
+    @pl.when(late == early)
+    def _():
+        row, column = (lax.broadcasted_iota(jnp.int32, (TILE, TILE), i) for i in (0, 1))
+
+        def add_terms(head, terms):
+            by_late_ref[head] = _crossing(terms, row < column, x_ref.dtype)
+
+        over_heads(add_terms)
+
+
+def _crossing(
+    terms: Float[Array, "L L"], before: Bool[Array, "L L"], dtype: jnp.dtype
+) -> Float[Array, "L"]:
+    """For each token of a tile, the sum of the terms from before it to it or behind.
+
+    `terms` are (late, early); `before` is true where the row's token comes earlier than
+    the column's.
+    """
+    from_before = pieces.matmul_with_ones(terms, before, dtype)  # (late, crossed)
+    return jnp.sum(jnp.where(before, 0, from_before), axis=0)
 
 
 def of_maps(

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.platform import target_platform
 from pallas_kernels.ssd.gpu.plan import TILE, Plan
 
 
@@ -62,19 +63,40 @@ def call(kernel: Callable, plan: Plan, *, warps: int = 4, stages: int = 2, **opt
 
 def matmul(a: Array, b: Array, axes: tuple[int, int] = (1, 0)) -> Float[Array, "I J"]:
     """a and b contracted over `axes`, in float32; float32 operands are not rounded."""
-    exact = a.dtype == jnp.float32
     return lax.dot_general(
         a,
         b,
         (((axes[0],), (axes[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
+        precision=_precision(a.dtype),
         preferred_element_type=jnp.float32,
     )
+
+
+def _precision(dtype: jnp.dtype):
+    """Tensor cores multiply float32 as three products of TF32: all but 2 of 24 bits.
+
+    The other units do it exactly, but Triton's code for them spills registers by tens
+    of kilobytes.
+    """
+    if dtype != jnp.float32:
+        return None
+    if target_platform() == "cpu":
+        return lax.Precision.HIGHEST
+    return lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
 def program_tile() -> Int[Array, ""]:
     """The tile of the chunk that this program is about."""
     return pl.program_id(0)
+
+
+def program_pair(plan: Plan) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The late and the early tile that this program is about."""
+    return _pair(pl.program_id(0), plan)
+
+
+def _pair(i, plan: Plan):
+    return lax.div(i, plan.tiles), lax.rem(i, plan.tiles)
 
 
 def rows_of(tile: Int[Array, ""] | int) -> pl.Slice:
@@ -242,15 +264,18 @@ def pairs(plan: Plan) -> pl.BlockSpec:
 
 def pair(plan: Plan) -> pl.BlockSpec:
     """A tile of such pairs, late tokens by early ones."""
-    divided = lambda i: (lax.div(i, plan.tiles), lax.rem(i, plan.tiles))
-    index = lambda i, g, b, j: (b, j, g, *divided(i))
+    index = lambda i, g, b, j: (b, j, g, *_pair(i, plan))
     return _spec((None, None, None, TILE, TILE), index, plan)
 
 
-def strips(plan: Plan) -> pl.BlockSpec:
-    """A tile's numbers for all tokens of its chunk [B N C I L]."""
-    block = (None, None, None, None, plan.chunk)
-    return _spec(block, lambda i, n, b, j: (b, n, j, i, 0), plan)
+def sums_of_pair(plan: Plan, *, late: bool) -> pl.BlockSpec:
+    """For tokens of one tile of a pair and the other tile, all heads [B N C I L]."""
+
+    def index(i, g, b, j):
+        one, other = _pair(i, plan)
+        return b, g, j, *((other, one) if late else (one, other))
+
+    return _spec((None, plan.heads_per_group, None, None, TILE), index, plan)
 
 
 def per_tile(plan: Plan) -> pl.BlockSpec:

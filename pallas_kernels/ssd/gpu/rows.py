@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.ssd.gpu.plan import Plan
+from pallas_kernels.ssd.gpu.plan import TILE, Plan
 
 
 class Rows(NamedTuple):
@@ -57,8 +57,8 @@ def join(z: Float[Array, "B N C L"], plan: Plan) -> Float[Array, "B T N"]:
 
 
 def dlog_decay(
-    inside: Float[Array, "B N C L"],
-    strips: Float[Array, "B N C I L"],
+    by_late: Float[Array, "B N C I L"],
+    by_early: Float[Array, "B N C I L"],
     from_start: Float[Array, "B N C L"],
     to_end: Float[Array, "B N C L"],
     across: Float[Array, "B N C"],
@@ -66,22 +66,35 @@ def dlog_decay(
 ) -> Float[Array, "B N C L"]:
     """The cotangent of every token's own log decay: the sum of what crosses it.
 
-    A term of the loss is named by where it comes from and goes to, and has the decays
-    of all tokens in between for factors. Only such terms are ever summed, so nothing
-    cancels, however strong the decay.
+    A term of the loss goes from one token, or the state before a chunk, to another, or
+    the state behind, and has the decays of all tokens in between for factors. Only such
+    terms are ever summed, so nothing cancels, however strong the decay.
 
     Args:
-      inside: The terms from a tile of tokens into itself, summed for each token.
-      strips: The terms from a tile (I) into later tokens of its chunk, by the latter.
-      from_start: The terms from the state before a chunk into its tokens.
-      to_end: The terms from a token into the state behind its chunk.
-      across: The terms from the state before a chunk into the one behind it.
+      by_late, by_early: The terms between tokens of a chunk; see `backward.Pairs`.
+      from_start: The terms from the state before a chunk, by token.
+      to_end: The terms to the state behind a chunk, by token.
+      across: The terms from the one state to the other.
     """
-    onward = jax.lax.cumsum(strips, axis=4, reverse=True)
-    tile = jnp.arange(plan.chunk) // (plan.chunk // plan.tiles)
-    later = tile > jnp.arange(plan.tiles)[:, None]
-    inside += jnp.sum(jnp.where(later, onward, 0), axis=3)
-    inside += jax.lax.cumsum(from_start, axis=3, reverse=True)
-    before = jnp.cumsum(to_end, axis=-1)
-    inside += jnp.pad(before[..., :-1], [(0, 0)] * 3 + [(1, 0)])
-    return inside + across[..., None]
+    own = (jnp.arange(plan.chunk) // TILE)[None, :]
+    other = jnp.arange(plan.tiles)[:, None]
+    only = lambda mask, z: jnp.where(mask, z, 0)
+    # From an earlier tile to this token or behind; from within the tile.
+    total = jnp.sum(only(other < own, _up_to_end(only(other < own, by_late))), axis=3)
+    total += jnp.sum(only(other == own, by_late), axis=3)
+    # From before this token in its tile to a later tile.
+    tiles = lambda z: z.reshape(*z.shape[:3], plan.tiles, TILE)
+    leaving = _before(tiles(jnp.sum(only(other > own, by_early), axis=3)))
+    total += leaving.reshape(total.shape)
+    return total + _up_to_end(from_start) + _before(to_end) + across[..., None]
+
+
+def _up_to_end(z: Float[Array, "*X L"]) -> Float[Array, "*X L"]:
+    """Sums from each token to the last."""
+    return jax.lax.cumsum(z, axis=z.ndim - 1, reverse=True)
+
+
+def _before(z: Float[Array, "*X L"]) -> Float[Array, "*X L"]:
+    """Sums of all tokens before each."""
+    sums = jnp.cumsum(z[..., :-1], axis=-1)
+    return jnp.pad(sums, [(0, 0)] * (z.ndim - 1) + [(1, 0)])
