@@ -9,8 +9,8 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
-import venv
+
+from pallas_kernels.bench import venvs
 
 _PACKAGES = ("mamba2-jax==1.1.2", "einops", "jaxtyping")
 
@@ -24,7 +24,7 @@ def add_command(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Makes the venv if need be, times, and prints."""
-    python = _python(pathlib.Path(".bench/mamba2-jax"))
+    python = venvs.python_with("mamba2-jax", _PACKAGES)
     package = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
         [str(python), "-m", "pallas_kernels.bench.ssd_timing"],
@@ -35,20 +35,6 @@ def run(arguments: argparse.Namespace) -> None:
     )
     result = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(result, indent=1) if arguments.json else _text(result))
-
-
-def _python(folder: pathlib.Path) -> pathlib.Path:
-    """The venv's Python, after installing what the comparison needs."""
-    python = folder / "bin" / "python"
-    ready = folder / "ready"
-    if not ready.exists():
-        print(f"Making {folder} ...", file=sys.stderr, flush=True)
-        venv.create(folder, with_pip=True, clear=True)
-        (folder.parent / ".gitignore").write_text("*\n")
-        install = [str(python), "-m", "pip", "install", "--quiet", *_PACKAGES]
-        subprocess.run(install, check=True, stdout=sys.stderr)
-        ready.touch()
-    return python
 
 
 def _text(result: dict) -> str:

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.ssd.gpu import pieces
-from pallas_kernels.ssd.gpu.plan import TILE, Plan
+from pallas_kernels.ssd.gpu.plan import Plan
 from pallas_kernels.ssd.gpu.rows import Rows
 
 
@@ -75,12 +75,12 @@ def ssd_gpu_dx(
     """One tile of early tokens: the state behind, then the tiles from its own on."""
     own, valid = pieces.program_tile(), pieces.validity(plan)
     there, every = valid(own), pieces.parts(plan.head_dim)
-    token = lambda tile: pieces.token(tile, log_decay_ref, run_ref)
-    early, b = token(own), pieces.load_maps(b_ref, own, there)
+    token = lambda tile: pieces.token(tile, plan, log_decay_ref, run_ref)
+    early, b = token(own), pieces.load_maps(b_ref, own, plan, there)
 
     def one_tile(tile, sums):
         there = valid(tile)
-        c = pieces.load_maps(c_ref, tile, there)
+        c = pieces.load_maps(c_ref, tile, plan, there)
         weight = pieces.matmul(b, c, (1, 1)) * pieces.decay(token(tile), early, 1)
         dy = pieces.load_channels(dy_ref, tile, plan, there)
         return tuple(
@@ -88,15 +88,17 @@ def ssd_gpu_dx(
             for s, z in zip(sums, dy, strict=True)
         )
 
-    to_end = to_end_ref[pieces.rows_of(own)][:, None]
+    to_end = to_end_ref[pieces.rows_of(own, plan)][:, None]
     leaving = tuple(pieces.matmul(b, dstate_ref[:, part]) * to_end for part in every)
     sums = lax.fori_loop(own, plan.tiles, one_tile, leaving)
 
-    dt, d = dt_ref[pieces.rows_of(own)][:, None], d_ref[0]
-    direct = dd = jnp.zeros((TILE,), jnp.float32)
+    dt, d = dt_ref[pieces.rows_of(own, plan)][:, None], d_ref[0]
+    direct = dd = jnp.zeros((plan.tile,), jnp.float32)
     for part, s in zip(every, sums, strict=True):
         x = pieces.load(x_ref, (slice(None), part), there).astype(jnp.float32)
-        dy = pieces.load(dy_ref, (pieces.rows_of(own), part), there).astype(jnp.float32)
+        dy = pieces.load(dy_ref, (pieces.rows_of(own, plan), part), there).astype(
+            jnp.float32
+        )
         pieces.store(dx_ref, (slice(None), part), dt * s + d * dy, there)
         direct, dd = direct + jnp.sum(x * s, axis=1), dd + jnp.sum(x * dy, axis=1)
     direct_ref[...], dd_ref[0] = direct, jnp.sum(dd)
@@ -165,21 +167,23 @@ def ssd_gpu_dpairs(
     late, early = pieces.program_pair(plan)
 
     def over_heads(add_terms):
-        c = pieces.load_maps(c_ref, late, valid(late))
-        b = pieces.load_maps(b_ref, early, valid(early))
+        c = pieces.load_maps(c_ref, late, plan, valid(late))
+        b = pieces.load_maps(b_ref, early, plan, valid(early))
         scores = pieces.matmul(c, b, (1, 1))
 
         def one_head(head, total):
-            token = lambda tile: pieces.token(tile, log_decay_ref, run_ref, (head,))
+            token = lambda tile: pieces.token(
+                tile, plan, log_decay_ref, run_ref, (head,)
+            )
             dy = pieces.load_channels(dy_ref, late, plan, valid(late), (head,))
             x = pieces.load_channels(x_ref, early, plan, valid(early), (head,))
-            dt = dt_ref[head, pieces.rows_of(early)]
+            dt = dt_ref[head, pieces.rows_of(early, plan)]
             dscores = pieces.over_parts(dy, x) * pieces.decay(token(late), token(early))
             dscores *= dt[None, :]
             add_terms(head, dscores * scores)
             return total + dscores
 
-        zeros = jnp.zeros((TILE, TILE), jnp.float32)
+        zeros = jnp.zeros((plan.tile, plan.tile), jnp.float32)
         total = lax.fori_loop(0, plan.heads_per_group, one_head, zeros)
         scores_ref[...] = total.astype(scores_ref.dtype)
 
@@ -193,7 +197,9 @@ def ssd_gpu_dpairs(
 
     @pl.when(late == early)
     def _():
-        row, column = (lax.broadcasted_iota(jnp.int32, (TILE, TILE), i) for i in (0, 1))
+        row, column = (
+            lax.broadcasted_iota(jnp.int32, (plan.tile, plan.tile), i) for i in (0, 1)
+        )
 
         def add_terms(head, terms):
             by_late_ref[head] = _crossing(terms, row < column, x_ref.dtype)
@@ -272,8 +278,8 @@ def _dmaps(
 ):
     """Sums over heads, then over the tiles `others`, whose `pair` is contracted."""
     tile, valid = pieces.program_tile(), pieces.validity(plan)
-    rows, there = pieces.rows_of(tile), valid(tile)
-    own = pieces.load_maps(own_ref, tile, there).astype(jnp.float32)
+    rows, there = pieces.rows_of(tile, plan), valid(tile)
+    own = pieces.load_maps(own_ref, tile, plan, there).astype(jnp.float32)
 
     def one_head(head, total):
         channels = pieces.load_channels(channels_ref, tile, plan, there, (head,))
@@ -283,11 +289,11 @@ def _dmaps(
         return total + read
 
     def one_tile(other, total):
-        late, early = (pieces.rows_of(z) for z in pair(other))
-        maps = pieces.load_maps(other_ref, other, valid(other))
+        late, early = (pieces.rows_of(z, plan) for z in pair(other))
+        maps = pieces.load_maps(other_ref, other, plan, valid(other))
         return total + pieces.matmul(pairs_ref[late, early], maps, axes)
 
-    total = jnp.zeros((TILE, plan.state_dim), jnp.float32)
+    total = jnp.zeros((plan.tile, plan.state_dim), jnp.float32)
     total = lax.fori_loop(0, plan.heads_per_group, one_head, total)
     total = lax.fori_loop(*others, one_tile, total)
     pieces.store(dmaps_ref, (slice(None), slice(None)), total, there)

@@ -51,15 +51,15 @@ def ssd_gpu_output(
     """One tile of one head: the state that enters, then the tiles up to its own."""
     own, valid = pieces.program_tile(), pieces.validity(plan)
     there = valid(own)
-    token = lambda tile: pieces.token(tile, log_decay_ref, run_ref)
-    late, c = token(own), pieces.load_maps(c_ref, own, there)
-    from_start = from_start_ref[pieces.rows_of(own)][:, None]
+    token = lambda tile: pieces.token(tile, plan, log_decay_ref, run_ref)
+    late, c = token(own), pieces.load_maps(c_ref, own, plan, there)
+    from_start = from_start_ref[pieces.rows_of(own, plan)][:, None]
 
     def one_tile(tile, sums):
         there = valid(tile)
-        b = pieces.load_maps(b_ref, tile, there)
+        b = pieces.load_maps(b_ref, tile, plan, there)
         weight = pieces.matmul(c, b, (1, 1)) * pieces.decay(late, token(tile))
-        weight *= dt_ref[pieces.rows_of(tile)][None, :]
+        weight *= dt_ref[pieces.rows_of(tile, plan)][None, :]
         x = pieces.load_channels(x_ref, tile, plan, there)
         return tuple(
             s + pieces.matmul(weight.astype(z.dtype), z)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.platform import target_platform
-from pallas_kernels.ssd.gpu.plan import TILE, Plan
+from pallas_kernels.ssd.gpu.plan import Plan
 
 
 def over_parts(a: list[Array], b: list[Array]) -> Float[Array, "I J"]:
@@ -48,10 +48,10 @@ class Token(NamedTuple):
     position: Int[Array, "*L"]  # In the chunk.
 
 
-def call(kernel: Callable, plan: Plan, *, warps: int = 4, stages: int = 2, **options):
+def call(kernel: Callable, plan: Plan, **options):
     """A `pallas_call` on Triton that goes by the kernel's own name."""
     named = functools.wraps(kernel)(functools.partial(kernel, plan=plan))
-    parameters = plgpu.CompilerParams(num_warps=warps, num_stages=stages)
+    parameters = plgpu.CompilerParams(num_warps=plan.warps, num_stages=2)
     return pl.pallas_call(
         named,
         name=kernel.__name__,
@@ -99,14 +99,14 @@ def _pair(i, plan: Plan):
     return lax.div(i, plan.tiles), lax.rem(i, plan.tiles)
 
 
-def rows_of(tile: Int[Array, ""] | int) -> pl.Slice:
+def rows_of(tile: Int[Array, ""] | int, plan: Plan) -> pl.Slice:
     """The tokens of a tile, within its chunk."""
-    return pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
+    return pl.ds(pl.multiple_of(tile * plan.tile, plan.tile), plan.tile)
 
 
-def positions(tile: Int[Array, ""] | int) -> Int[Array, "L"]:
+def positions(tile: Int[Array, ""] | int, plan: Plan) -> Int[Array, "L"]:
     """The tokens of a tile, counted from the start of its chunk."""
-    return tile * TILE + lax.iota(jnp.int32, TILE)
+    return tile * plan.tile + lax.iota(jnp.int32, plan.tile)
 
 
 def parts(width: int) -> list[pl.Slice]:
@@ -122,7 +122,7 @@ def validity(plan: Plan) -> Callable:
         return lambda tile: None
     chunk = lax.rem(pl.program_id(2), plan.chunks)
     left = plan.tokens - chunk * plan.chunk
-    return lambda tile: (positions(tile) < left)[:, None]
+    return lambda tile: (positions(tile, plan) < left)[:, None]
 
 
 def load(ref, index: tuple, there: Bool[Array, "L 1"] | None) -> Float[Array, "L X"]:
@@ -143,19 +143,19 @@ def store(ref, index: tuple, values, there: Bool[Array, "L 1"] | None) -> None:
 
 def load_channels(ref, tile, plan: Plan, there, head: tuple = ()) -> list[Array]:
     """A tile of one head of x [L P] or [L R P], in parts."""
-    rows = rows_of(tile)
+    rows = rows_of(tile, plan)
     return [load(ref, (rows, *head, p), there) for p in parts(plan.head_dim)]
 
 
-def load_maps(ref, tile, there) -> Float[Array, "L S"]:
+def load_maps(ref, tile, plan: Plan, there) -> Float[Array, "L S"]:
     """A tile of b or c."""
-    return load(ref, (rows_of(tile), slice(None)), there)
+    return load(ref, (rows_of(tile, plan), slice(None)), there)
 
 
-def token(tile, log_decay_ref, run_ref, head: tuple = ()) -> Token:
+def token(tile, plan: Plan, log_decay_ref, run_ref, head: tuple = ()) -> Token:
     """What decides on the decay between a tile's tokens and others'."""
-    rows = rows_of(tile)
-    return Token(log_decay_ref[(*head, rows)], run_ref[rows], positions(tile))
+    rows = rows_of(tile, plan)
+    return Token(log_decay_ref[(*head, rows)], run_ref[rows], positions(tile, plan))
 
 
 def scaled(z: Array, weight: Float[Array, "L"]) -> Array:
@@ -192,7 +192,7 @@ def channels(plan: Plan) -> pl.BlockSpec:
 
 def channels_of_tile(plan: Plan) -> pl.BlockSpec:
     """A head's tile of x [B T N P]."""
-    block = (None, TILE, None, plan.head_dim)
+    block = (None, plan.tile, None, plan.head_dim)
     return _spec(block, lambda i, n, b, j: (b, j * plan.tiles + i, n, 0), plan)
 
 
@@ -211,7 +211,7 @@ def rows(plan: Plan) -> pl.BlockSpec:
 
 def rows_of_tile(plan: Plan) -> pl.BlockSpec:
     """A head's tile of one number a token [B N C L]."""
-    return _spec((None, None, None, TILE), lambda i, n, b, j: (b, n, j, i), plan)
+    return _spec((None, None, None, plan.tile), lambda i, n, b, j: (b, n, j, i), plan)
 
 
 def runs(plan: Plan) -> pl.BlockSpec:
@@ -239,7 +239,7 @@ def maps_of_group(plan: Plan) -> pl.BlockSpec:
 
 def maps_of_tile(plan: Plan) -> pl.BlockSpec:
     """A group's tile of b or c [B T G S]."""
-    block = (None, TILE, None, plan.state_dim)
+    block = (None, plan.tile, None, plan.state_dim)
     return _spec(block, lambda i, g, b, j: (b, j * plan.tiles + i, g, 0), plan)
 
 
@@ -265,7 +265,7 @@ def pairs(plan: Plan) -> pl.BlockSpec:
 def pair(plan: Plan) -> pl.BlockSpec:
     """A tile of such pairs, late tokens by early ones."""
     index = lambda i, g, b, j: (b, j, g, *_pair(i, plan))
-    return _spec((None, None, None, TILE, TILE), index, plan)
+    return _spec((None, None, None, plan.tile, plan.tile), index, plan)
 
 
 def sums_of_pair(plan: Plan, *, late: bool) -> pl.BlockSpec:
@@ -275,7 +275,7 @@ def sums_of_pair(plan: Plan, *, late: bool) -> pl.BlockSpec:
         one, other = _pair(i, plan)
         return b, g, j, *((other, one) if late else (one, other))
 
-    return _spec((None, plan.heads_per_group, None, None, TILE), index, plan)
+    return _spec((None, plan.heads_per_group, None, None, plan.tile), index, plan)
 
 
 def per_tile(plan: Plan) -> pl.BlockSpec:

@@ -3,11 +3,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
-TILE = 64  # Tokens in one matmul: what a warp group's tensor core instruction takes.
 Shaped = jax.Array | jax.ShapeDtypeStruct
-_TILES = 4  # Tiles in a chunk. States of 256 tokens are as many bytes as x and y.
+_CHUNK = 256  # States of a chunk of Nano-9B are then as many bytes as its x and y.
+# Tokens in one matmul: what a warp group's tensor core instruction takes. In float32,
+# whose operands come in two parts, registers hold half as many.
+_TILES = {"bfloat16": 64, "float32": 32}
 _MAX_HEAD_DIM = 128  # What registers hold of a state of 128, in float32.
 _STATE_DIMS = (16, 32, 64, 128)
 
@@ -22,7 +23,13 @@ class Plan:
     heads_per_group: int
     head_dim: int
     state_dim: int
+    tile: int
     interpret: bool
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program: float32's operands are spread over twice as many."""
+        return 8 if self.tile == _TILES["float32"] else 4
 
     @property
     def heads(self) -> int:
@@ -32,12 +39,12 @@ class Plan:
     @property
     def tiles(self) -> int:
         """Tiles in a chunk."""
-        return min(_TILES, -(-self.tokens // TILE))
+        return min(_CHUNK, _round_up(self.tokens, self.tile)) // self.tile
 
     @property
     def chunk(self) -> int:
         """Tokens from one stored state to the next."""
-        return self.tiles * TILE
+        return self.tiles * self.tile
 
     @property
     def chunks(self) -> int:
@@ -61,7 +68,7 @@ def make(x: Shaped, b: Shaped, platform: str) -> Plan:
         raise NotImplementedError(
             f'"pallas_gpu" runs on GPU, and interpreted on CPU, not on {platform!r}.'
         )
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
+    if x.dtype.name not in _TILES:
         raise NotImplementedError(f"x must be bfloat16 or float32, not {x.dtype}.")
     if P % 16 or P > _MAX_HEAD_DIM:
         raise NotImplementedError(
@@ -69,4 +76,9 @@ def make(x: Shaped, b: Shaped, platform: str) -> Plan:
         )
     if S not in _STATE_DIMS:
         raise NotImplementedError(f"A state of {S} is not one of {_STATE_DIMS}.")
-    return Plan(B, T, G, N // G, P, S, interpret=platform == "cpu")
+    interpret = platform == "cpu"
+    return Plan(B, T, G, N // G, P, S, _TILES[x.dtype.name], interpret)
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.ssd.gpu.plan import TILE, Plan
+from pallas_kernels.ssd.gpu.plan import Plan
 
 
 class Rows(NamedTuple):
@@ -76,14 +76,14 @@ def dlog_decay(
       to_end: The terms to the state behind a chunk, by token.
       across: The terms from the one state to the other.
     """
-    own = (jnp.arange(plan.chunk) // TILE)[None, :]
+    own = (jnp.arange(plan.chunk) // plan.tile)[None, :]
     other = jnp.arange(plan.tiles)[:, None]
     only = lambda mask, z: jnp.where(mask, z, 0)
     # From an earlier tile to this token or behind; from within the tile.
     total = jnp.sum(only(other < own, _up_to_end(only(other < own, by_late))), axis=3)
     total += jnp.sum(only(other == own, by_late), axis=3)
     # From before this token in its tile to a later tile.
-    tiles = lambda z: z.reshape(*z.shape[:3], plan.tiles, TILE)
+    tiles = lambda z: z.reshape(*z.shape[:3], plan.tiles, plan.tile)
     leaving = _before(tiles(jnp.sum(only(other > own, by_early), axis=3)))
     total += leaving.reshape(total.shape)
     return total + _up_to_end(from_start) + _before(to_end) + across[..., None]

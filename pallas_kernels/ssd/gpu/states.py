@@ -43,8 +43,8 @@ def ssd_gpu_states(channels_ref, maps_ref, weights_ref, out_ref, *, plan: Plan):
     valid = pieces.validity(plan)
 
     def one_tile(tile, sums):
-        there, weight = valid(tile), weights_ref[pieces.rows_of(tile)]
-        maps = pieces.load_maps(maps_ref, tile, there)
+        there, weight = valid(tile), weights_ref[pieces.rows_of(tile, plan)]
+        maps = pieces.load_maps(maps_ref, tile, plan, there)
         channels = pieces.load_channels(channels_ref, tile, plan, there)
         return tuple(
             s + pieces.matmul(maps, pieces.scaled(z, weight), (0, 0))
