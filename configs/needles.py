@@ -66,6 +66,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         num_threads=2,
     )
     c.optimizer = dict(
+        muon=True,
         b1=0.9,
         b2=0.98,
         eps=1e-8,

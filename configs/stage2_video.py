@@ -47,6 +47,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         num_threads=16,
     )
     c.optimizer = dict(
+        muon=False,
         b1=0.9,
         b2=0.999,
         eps=1e-8,

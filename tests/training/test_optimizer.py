@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from timeviper_jax.training.optimizer import (
 )
 
 CFG = OptimizerConfig(
+    muon=False,
     b1=0.9,
     b2=0.95,
     eps=1e-8,
@@ -92,3 +94,52 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
 
 def test_the_shortest_stage_has_a_rate():
     assert make_schedule(1.0, 1, CFG)(0) == 1.0
+
+
+MUON = dataclasses.replace(CFG, muon=True, weight_decay=0.0)
+
+
+def _grads(params):
+    keys = jax.random.split(jax.random.key(0), len(params))
+    return {
+        path: jax.random.normal(key, array.shape)
+        for key, (path, array) in zip(keys, params.items(), strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "matrix"),
+    [
+        ("llm/mlp/mixer/up/kernel", (2, 8, 16), (2, 8, 16)),
+        ("llm/mamba/mixer/in_x/kernel", (2, 8, 16), (2, 8, 16)),
+        ("llm/attention/mixer/q/kernel", (2, 8, 4, 3), (2, 8, 12)),
+        ("llm/attention/mixer/out/kernel", (2, 4, 3, 8), (2, 12, 8)),
+        ("llm/transv/0/out/kernel", (4, 3, 8), (12, 8)),
+        ("vision/blocks/attn/k/kernel", (2, 8, 4, 3), (2, 8, 12)),
+        ("projector/first/layers/0/kernel", (8, 16), (8, 16)),
+    ],
+)
+def test_muon_moves_each_layers_matrix_alike_in_every_direction(path, shape, matrix):
+    params = _params(**{path: shape})
+    update = _step(params, _grads(params), MUON)[path] / -1e-2
+    singular = np.linalg.svd(np.reshape(update, matrix), compute_uv=False)
+    # Orthogonal up to the five iterations, and of the size that Adam's updates have.
+    size = 0.2 * max(matrix[-2:]) ** 0.5
+    assert singular.min() > 0.6 * size and singular.max() < 1.3 * size
+
+
+def test_muon_leaves_to_adam_what_is_no_matrix_between_features():
+    params = _params(
+        **{
+            "llm/embed/embedding": (8, 4),
+            "llm/head/kernel": (4, 8),
+            "llm/mamba/mixer/conv_x/kernel": (2, 4, 8),
+            "llm/mamba/mixer/in_dt/kernel": (2, 8, 4),
+            "llm/mlp/norm/scale": (2, 8),
+            "llm/transv/0/alpha": (),
+        }
+    )
+    grads = _grads(params)
+    wanted = _step(params, grads, dataclasses.replace(MUON, muon=False))
+    for path, update in _step(params, grads, MUON).items():
+        np.testing.assert_array_equal(update, wanted[path])

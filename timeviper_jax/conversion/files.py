@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -201,7 +202,14 @@ def _unpickle(file: pathlib.Path, allow_pickle: bool) -> dict[str, Any]:
             f"Reading {file} needs torch, which is not installed; `pip install torch`,"
             " or use the checkpoint's safetensors files."
         ) from error
-    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        # Torch explains at length how to run the file's code; the first line will do.
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file} cannot be read as weights alone: {reason}") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file} holds a {type(tensors).__name__}, not named tensors.")
     wrong = [n for n, t in tensors.items() if not isinstance(t, torch.Tensor)]
     if wrong:
         raise ValueError(f"{file} holds more than tensors: {wrong[:5]}.")
