@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 # Without these libtpu looks for a chip for 40 s, and two processes collide.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -41,7 +41,7 @@ def compile_apart(
     """
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        environment = os.environ | _ENVIRONMENT | {"LIBTPU_INIT_ARGS": dump}
+        environment = os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": dump}
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "pallas_kernels.bench.compiled"),

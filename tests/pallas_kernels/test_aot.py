@@ -1,5 +1,9 @@
 """The kernels compile for real TPUs, forward and backward, with no chip."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from pallas_kernels.bench import compiled
@@ -57,3 +61,42 @@ def test_the_convolution_compiles():
         "v5e", "backward", (1000, 256, 4), op="causal_conv1d"
     )
     assert report["accessed_bytes"] > report["input_bytes"]
+
+
+# A ring over the eight chips of a v5e, forward and backward.
+RING = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from pallas_kernels.attention.context_parallel import attention_sharded
+
+devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+mesh = Mesh(np.array(devices), ("context",), axis_types=(AxisType.Auto,))
+cut, T = P(None, "context"), 8 * 512
+run = functools.partial(attention_sharded, axis_name="context", causal=True)
+
+def with_gradients(q, k, v, ids, dy):
+    packed = jax.shard_map(
+        lambda q, k, v, ids: run(q, k, v, q_segment_ids=ids, kv_segment_ids=ids),
+        mesh=mesh, in_specs=(cut,) * 4, out_specs=cut, check_vma=False)
+    out, pull = jax.vjp(lambda *z: packed(*z, ids), q, k, v)
+    return out, pull(dy)
+
+place = NamedSharding(mesh, cut)
+of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+q, k = (of(jnp.bfloat16, 1, T, heads, 128) for heads in (4, 2))
+with jax.set_mesh(mesh):
+    lowered = jax.jit(with_gradients).lower(q, k, k, of(jnp.int32, 1, T), q)
+    text = lowered.compile().as_text()
+kernels = ["splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"]
+assert all(name in text for name in [*kernels, "collective-permute"])
+assert "all-gather" not in text
+"""
+
+
+def test_a_ring_of_chips_runs_splash_kernels_and_gathers_nothing():
+    environment = os.environ | compiled.ENVIRONMENT | {"PYTHONPATH": "."}
+    done = subprocess.run(
+        [sys.executable, "-c", RING], env=environment, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr[-3000:]
