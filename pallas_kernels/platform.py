@@ -14,6 +14,12 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def target_device_kind() -> str:
+    """The kind of device, as in "TPU v6 lite", of the mesh in force or this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def require_local(name: str) -> None:
     """Raises NotImplementedError where XLA would have to cut a kernel up: it cannot."""
     mesh = jax.sharding.get_abstract_mesh()

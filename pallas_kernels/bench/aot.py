@@ -69,6 +69,8 @@ def _result(op: str, name: str, direction: str, report: dict, forward_bytes: int
         "temp_ratio": round(report["temp_bytes"] / forward_bytes, 4),
         "temp_bytes": report["temp_bytes"],
         "moved_bytes": moved,
+        # All but those of kernels, which XLA does not see.
+        "xla_bytes": report["accessed_bytes"],
     }
 
 

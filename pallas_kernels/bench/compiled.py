@@ -80,16 +80,17 @@ def _compile_here(chip_name: str, direction: str, shape: str, op: str) -> dict:
     }[op]
     sizes = json.loads(shape)
     shape = programs.Shape(*sizes) if sizes else programs.NANO_9B
-    program = programs.DIRECTIONS[direction](shape)
     topology = CHIPS[chip_name].topology
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     mesh = Mesh(np.array(devices[:1]), ("device",))
     place = NamedSharding(mesh, PartitionSpec())
+    # The mesh tells the ops which chip they are compiled for.
+    with jax.set_mesh(mesh):
+        program = programs.DIRECTIONS[direction](shape)
     inputs = {
         name: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=place)
         for name, z in program.inputs.items()
     }
-    # The mesh tells the ops which chip they are compiled for.
     with jax.set_mesh(mesh):
         compiled = jax.jit(program.run).lower(**inputs).compile()
     memory = compiled.memory_analysis()

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.platform import target_device_kind
 from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd.tpu import plan
 
@@ -74,7 +75,7 @@ def forward(shape: Shape) -> Program:
         "state": of(1, N, P, S, kind=f32),
         "segment_ids": of(1, T, kind=jnp.int32),
     }
-    sizes = _plan(shape)
+    sizes = plan.of_forward(_plan(shape), target_device_kind())
     sets = sizes.groups * sizes.parts
     executions = {"ssd_forward": sets * (sizes.blocks + 2)}
     return Program(run, inputs, executions, ("ssd_forward",))
@@ -88,7 +89,7 @@ def backward(shape: Shape) -> Program:
         outputs, pull = jax.vjp(lambda z: run(**z, segment_ids=segment_ids), arrays)
         return outputs, pull((dy, dlast))
 
-    sizes = _plan(shape)
+    sizes = plan.of_backward(_plan(shape))
     spans = -(-sizes.blocks // sizes.blocks_per_span)
     blocks = spans * sizes.blocks_per_span
     inputs = inputs | {"dy": inputs["x"], "dlast": inputs["state"]}

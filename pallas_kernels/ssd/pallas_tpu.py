@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.platform import require_local, target_platform
+from pallas_kernels.platform import require_local, target_device_kind, target_platform
 from pallas_kernels.ssd.tpu import backward, forward, pieces, plan
-from pallas_kernels.ssd.tpu.plan import BLOCK, Plan
+from pallas_kernels.ssd.tpu.plan import Plan
 
 
 def ssd(
@@ -54,9 +54,11 @@ def _ssd(x, dt, a, b, c, d, state, starts, sizes: Plan):
     return _run(x, dt, a, b, c, d, state, starts, sizes)
 
 
-def _run(x, dt, a, b, c, d, state, starts, sizes: Plan, **options):
+def _run(x, dt, a, b, c, d, state, starts, sizes: Plan, save: bool = False):
+    sizes = plan.of_forward(sizes, target_device_kind())
     rows, starts, per_head = _arranged(dt, starts, a, d, sizes)
-    return forward.run(x, rows, starts, *per_head, b, c, state, sizes, **options)
+    blocks_per_save = sizes.blocks_per_span if save else None
+    return forward.run(x, rows, starts, *per_head, b, c, state, sizes, blocks_per_save)
 
 
 def _arranged(dt, starts, a, d, sizes: Plan):
@@ -68,27 +70,25 @@ def _arranged(dt, starts, a, d, sizes: Plan):
 
 def _rows(dt: Float[Array, "B T N"], sizes: Plan) -> Float[Array, "B X R T2"]:
     """Time along the lanes, padded to whole blocks with dt = 0."""
-    shape = (sizes.batch, -1, sizes.heads, sizes.blocks * BLOCK)
+    shape = (sizes.batch, -1, sizes.heads, sizes.blocks * sizes.block)
     return jnp.swapaxes(_padded(dt, sizes), 1, 2).reshape(shape)
 
 
 def _padded(z: Array, sizes: Plan) -> Float[Array, "B T2 ..."]:
     rest = [(0, 0)] * (z.ndim - 2)
-    behind = sizes.blocks * BLOCK - sizes.tokens
+    behind = sizes.blocks * sizes.block - sizes.tokens
     return jnp.pad(z.astype(jnp.float32), [(0, 0), (0, behind), *rest])
 
 
 def _forward(x, dt, a, b, c, d, state, starts, sizes: Plan):
-    y, last, saved = _run(
-        *(x, dt, a, b, c, d, state, starts, sizes),
-        blocks_per_save=sizes.blocks_per_span,
-    )
+    y, last, saved = _run(x, dt, a, b, c, d, state, starts, sizes, save=True)
     return (y, last), (x, dt, a, b, c, d, starts, saved)
 
 
 def _backward(sizes: Plan, residuals, cotangents):
     x, dt, a, b, c, d, starts, saved = residuals
     dy, dlast = cotangents
+    sizes = plan.of_backward(sizes)
     rows, starts, per_head = _arranged(dt, starts, a, d, sizes)
     out = backward.run(x, dy, rows, starts, *per_head, b, c, saved, dlast, sizes)
     ddt = out.ddt.reshape(sizes.batch, a.size, -1)[..., : sizes.tokens]

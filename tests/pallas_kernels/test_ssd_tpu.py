@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels.ssd import ssd
+from pallas_kernels.ssd import pallas_tpu, ssd
 from pallas_kernels.ssd.tpu import plan
 
 T, N, P, G, S = 300, 4, 64, 2, 128
@@ -116,6 +116,12 @@ def test_bfloat16_with_heads_across_registers():
 @pytest.mark.parametrize("T", [1, 128])
 def test_short_sequences(T):
     _compare(_inputs(T=T, N=2, P=16, G=1, S=16), 5e-6)
+
+
+@pytest.mark.slow
+def test_long_sequences_take_four_chunks_a_step(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "target_device_kind", lambda: "TPU v6 lite")
+    _compare(_inputs(T=2300, N=2, P=16, G=1, S=16), 5e-6, _segments(2300))
 
 
 def test_strong_decay_neither_overflows_nor_loses_the_gradient():

@@ -31,7 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssd.tpu import pieces
 from pallas_kernels.ssd.tpu.pieces import head_rows, matmul, sum_along, turned
-from pallas_kernels.ssd.tpu.plan import BLOCK, CHUNK, CHUNKS, LANES, Plan
+from pallas_kernels.ssd.tpu.plan import CHUNK, LANES, Plan
 
 _AHEAD, _BEHIND = 4, 4  # As in forward.py.
 
@@ -60,7 +60,7 @@ def _span_shapes(plan: Plan, dtype) -> Span:
     dtypes = [dtype] * 2 + [jnp.float32] * 8 + [dtype] * 2
     return Span(
         *(
-            pltpu.VMEM((plan.blocks_per_span * CHUNKS, *shape), kind)
+            pltpu.VMEM((plan.blocks_per_span * plan.chunks, *shape), kind)
             for shape, kind in zip(shapes, dtypes, strict=True)
         )
     )
@@ -128,7 +128,7 @@ def _keep_decays(t, slot, refs: _Inputs, span: Span, inside, rows_of, packed: bo
 def _walk_forwards(refs, span, state, place, inside, rows_of, plan, packed):
     """Puts one block's chunks into `span`, and moves the state behind them."""
     dtype = refs.x.dtype
-    slots = [place * CHUNKS + t for t in range(CHUNKS)]
+    slots = [place * plan.chunks + t for t in range(plan.chunks)]
     for t, slot in enumerate(slots):
         _keep_decays(t, slot, refs, span, inside, rows_of, packed)
     for t, slot in enumerate(slots):
@@ -167,7 +167,9 @@ def _work_shapes(plan: Plan, dtype) -> _Work:
     f32 = jnp.float32
     wide = [((W, L), f32)] * 2 + [((W, L), dtype)] * 2 + [((W, S), dtype)]
     small = [((L, R), f32)] + [((R, L), f32)] * 4 + [((R, S), f32), ((L, L), f32)]
-    return _Work(*(pltpu.VMEM((CHUNKS, *shape), kind) for shape, kind in wide + small))
+    return _Work(
+        *(pltpu.VMEM((plan.chunks, *shape), kind) for shape, kind in wide + small)
+    )
 
 
 def _chunk_backwards(t, slot, refs, out, span, all_work, rows_of, plan: Plan):
@@ -274,8 +276,8 @@ def _chunk_backwards(t, slot, refs, out, span, all_work, rows_of, plan: Plan):
 
 def _walk_backwards(refs, out, span, work, place, rows_of, plan: Plan):
     """The chunks of a block, the last first."""
-    for t in reversed(range(CHUNKS)):
-        slot = place * CHUNKS + t
+    for t in reversed(range(plan.chunks)):
+        slot = place * plan.chunks + t
         _chunk_backwards(t, slot, refs, out, span, work, rows_of, plan)
 
 
@@ -291,7 +293,7 @@ def _kernel(*refs, plan: Plan, spans: int, packed: bool):
     block = (spans - 1 - nth) * half + place
 
     def rows_of(ref, t, channels=slice(None)):
-        first = block * BLOCK + t * CHUNK
+        first = block * plan.block + t * CHUNK
         rows = ref[0, t * CHUNK : (t + 1) * CHUNK, channels]
         cut = plan.ragged or plan.blocks % half != 0
         return pieces.valid_rows(rows, first, plan.tokens, cut)
@@ -336,10 +338,11 @@ def run(
     each part of a group's heads, ddt on its side like dt.
     """
     W, S, R, parts = plan.width, plan.state_dim, plan.heads, plan.parts
+    K = plan.block
     spans, half = saved.shape[1], plan.blocks_per_span
     packed = starts is not None
     if starts is None:
-        starts = jnp.zeros((plan.batch, 1, BLOCK), jnp.float32)
+        starts = jnp.zeros((plan.batch, 1, K), jnp.float32)
 
     def block(place):
         return lambda n, s: jnp.minimum(
@@ -350,13 +353,11 @@ def run(
     back = block(lambda s: 2 * half - 1 - jnp.maximum(s, half))
     forth = block(lambda s: jnp.minimum(s, half - 1))
     both = block(lambda s: jnp.where(s < half, s, 2 * half - 1 - s))
-    tokens = lambda at: pl.BlockSpec((1, BLOCK, W), lambda i, g, n, s: (i, at(n, s), g))
-    rows = lambda at: pl.BlockSpec(
-        (1, 1, R, BLOCK), lambda i, g, n, s: (i, g, 0, at(n, s))
-    )
-    maps = pl.BlockSpec((1, BLOCK, S), lambda i, g, n, s: (i, both(n, s), g // parts))
+    tokens = lambda at: pl.BlockSpec((1, K, W), lambda i, g, n, s: (i, at(n, s), g))
+    rows = lambda at: pl.BlockSpec((1, 1, R, K), lambda i, g, n, s: (i, g, 0, at(n, s)))
+    maps = pl.BlockSpec((1, K, S), lambda i, g, n, s: (i, both(n, s), g // parts))
     dmaps = pl.BlockSpec(
-        (1, 1, BLOCK, S), lambda i, g, n, s: (g % parts, i, back(n, s), g // parts)
+        (1, 1, K, S), lambda i, g, n, s: (g % parts, i, back(n, s), g // parts)
     )
     per_head = pl.BlockSpec((1, R, LANES), lambda i, g, n, s: (g, 0, 0))
     sums = pl.BlockSpec((1, 1, R, LANES), lambda i, g, n, s: (i, g, 0, 0))
@@ -381,7 +382,7 @@ def run(
         x=tokens(forth),
         dy=tokens(back),
         dt=rows(forth),
-        starts=pl.BlockSpec((1, 1, BLOCK), lambda i, g, n, s: (i, 0, starts_at(n, s))),
+        starts=pl.BlockSpec((1, 1, K), lambda i, g, n, s: (i, 0, starts_at(n, s))),
         a=per_head,
         d=per_head,
         b=maps,

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssd.tpu import pieces
 from pallas_kernels.ssd.tpu.pieces import head_rows, matmul, sum_along, turned
-from pallas_kernels.ssd.tpu.plan import BLOCK, CHUNK, CHUNKS, Plan
+from pallas_kernels.ssd.tpu.plan import CHUNK, Plan
 
 # How many heads ahead of its matmuls a head's weights are made, and how many behind
 # they are used. The compiler keeps to the order of the program, so the program has to
@@ -54,7 +54,7 @@ def _chunk_shapes(plan: Plan, dtype) -> Chunk:
     dtypes = [jnp.float32] * 6 + [dtype] * 2
     return Chunk(
         *(
-            pltpu.VMEM((CHUNKS, *shape), kind)
+            pltpu.VMEM((plan.chunks, *shape), kind)
             for shape, kind in zip(shapes, dtypes, strict=True)
         )
     )
@@ -71,7 +71,7 @@ def _prepare(t, refs, out: Chunk, plan: Plan, step, packed: bool):
     seen = pieces.earlier_or_same()
 
     def map_rows(ref):
-        first = step * BLOCK + t * CHUNK
+        first = step * plan.block + t * CHUNK
         return pieces.valid_rows(ref[0, time], first, plan.tokens, plan.ragged)
 
     dt = jnp.where(inside, dt_ref[0, 0, :, time], 0.0)
@@ -142,7 +142,7 @@ def _kernel(
 
     def turn_in(t, tile):
         time = slice(t * CHUNK, (t + 1) * CHUNK)
-        first = step * BLOCK + t * CHUNK
+        first = step * plan.block + t * CHUNK
         x = pieces.valid_rows(x_ref[0, time, tile], first, plan.tokens, plan.ragged)
         x_side[t, tile] = turned(x, jnp.float32)
 
@@ -169,10 +169,10 @@ def _kernel(
 
     sources = (dt_ref, starts_ref, a_ref, b_ref, c_ref)
     preparing = [
-        _prepare(t, sources, coming, plan, step, packed) for t in range(CHUNKS)
+        _prepare(t, sources, coming, plan, step, packed) for t in range(plan.chunks)
     ]
-    heads = [(t, h) for t in range(CHUNKS) for h in range(plan.heads)]
-    tiles = [(t, tile) for t in range(CHUNKS) for tile in pieces.tiles(plan.width)]
+    heads = [(t, h) for t in range(plan.chunks) for h in range(plan.heads)]
+    tiles = [(t, tile) for t in range(plan.chunks) for tile in pieces.tiles(plan.width)]
     to_turn_in, to_turn_out = list(tiles), list(tiles)
     weights, products = {}, {}
     behind = min(_BEHIND, plan.heads - 1)  # The next chunk reads a finished state.
@@ -227,15 +227,15 @@ def run(
     R, parts = plan.heads, plan.parts
     packed = starts is not None
     if starts is None:
-        starts = jnp.zeros((plan.batch, 1, BLOCK), jnp.float32)
+        starts = jnp.zeros((plan.batch, 1, plan.block), jnp.float32)
     block = lambda n: jnp.minimum(n, K - 1)
     starts_block = block if packed else lambda n: 0
-    maps = pl.BlockSpec((1, BLOCK, S), lambda i, g, n: (i, block(n), g // parts))
+    maps = pl.BlockSpec((1, plan.block, S), lambda i, g, n: (i, block(n), g // parts))
     per_head = pl.BlockSpec((1, R, pieces.LANES), lambda i, g, n: (g, 0, 0))
     in_specs = [
-        pl.BlockSpec((1, BLOCK, W), lambda i, g, n: (i, block(n), g)),
-        pl.BlockSpec((1, 1, R, BLOCK), lambda i, g, n: (i, g, 0, block(n))),
-        pl.BlockSpec((1, 1, BLOCK), lambda i, g, n: (i, 0, starts_block(n))),
+        pl.BlockSpec((1, plan.block, W), lambda i, g, n: (i, block(n), g)),
+        pl.BlockSpec((1, 1, R, plan.block), lambda i, g, n: (i, g, 0, block(n))),
+        pl.BlockSpec((1, 1, plan.block), lambda i, g, n: (i, 0, starts_block(n))),
         per_head,
         per_head,
         maps,
@@ -243,7 +243,7 @@ def run(
         pl.BlockSpec(memory_space=pl.ANY),
     ]
     out_specs = [
-        pl.BlockSpec((1, BLOCK, W), lambda i, g, n: (i, jnp.maximum(n - 2, 0), g)),
+        pl.BlockSpec((1, plan.block, W), lambda i, g, n: (i, jnp.maximum(n - 2, 0), g)),
         pl.BlockSpec((1, W, S), lambda i, g, n: (i, g, 0)),
     ]
     out_shape = [
@@ -256,7 +256,7 @@ def run(
         out_specs += [pl.BlockSpec((1, 1, W, S), lambda i, g, n: (i, save(n), g, 0))]
         shape = (plan.batch, saves, *first_state.shape[1:])
         out_shape += [jax.ShapeDtypeStruct(shape, jnp.float32)]
-    side = pltpu.VMEM((CHUNKS, W, CHUNK), jnp.float32)
+    side = pltpu.VMEM((plan.chunks, W, CHUNK), jnp.float32)
     chunk = _chunk_shapes(plan, x.dtype)
     return pl.pallas_call(
         functools.partial(

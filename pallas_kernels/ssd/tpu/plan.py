@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 128  # Tokens that attend to each other: the width of a register and a matmul.
-CHUNKS = 2  # Chunks in one step of the grid.
-BLOCK = CHUNK * CHUNKS
 LANES = 128
 Shaped = jax.Array | jax.ShapeDtypeStruct
-_BLOCKS_PER_SPAN = 8  # 2,048 tokens: saved states take 10 % of Nano-9B's inputs.
+_SPAN = 2048  # Tokens from a saved state to the next: 10 % of Nano-9B's inputs.
+_LONG = 1024  # Tokens from which on a step of the grid may take four chunks.
 _MAX_WIDTH = 1536  # Channels in one step of the grid: what is unrolled and kept.
 
 
@@ -29,6 +28,12 @@ class Plan:
     head_dim: int
     state_dim: int
     interpret: bool
+    chunks: int = 2  # In one step of the grid.
+
+    @property
+    def block(self) -> int:
+        """Tokens of one step."""
+        return CHUNK * self.chunks
 
     @property
     def width(self) -> int:
@@ -38,17 +43,17 @@ class Plan:
     @property
     def blocks(self) -> int:
         """Blocks of time."""
-        return -(-self.tokens // BLOCK)
+        return -(-self.tokens // self.block)
 
     @property
     def blocks_per_span(self) -> int:
         """Blocks from one state saved for the backward kernel to the next."""
-        return min(_BLOCKS_PER_SPAN, self.blocks)
+        return min(_SPAN // self.block, self.blocks)
 
     @property
     def ragged(self) -> bool:
         """Whether the last block reaches behind the last token."""
-        return self.tokens % BLOCK != 0
+        return self.tokens % self.block != 0
 
 
 def make(
@@ -94,3 +99,18 @@ def make(
         )
     heads = max(fitting)
     return Plan(B, T, G, per_group // heads, heads, P, S, interpret=platform == "cpu")
+
+
+def of_forward(plan: Plan, device_kind: str) -> Plan:
+    """`plan` with the steps that measured best in the forward kernel: long on v6e."""
+    return _with_long_steps(plan) if device_kind == "TPU v6 lite" else plan
+
+
+def of_backward(plan: Plan) -> Plan:
+    """`plan` with the steps that measured best in the backward kernel."""
+    return _with_long_steps(plan)
+
+
+def _with_long_steps(plan: Plan) -> Plan:
+    """Four chunks in a step share what a step costs, in sequences worth it."""
+    return dataclasses.replace(plan, chunks=4) if plan.tokens >= _LONG else plan
