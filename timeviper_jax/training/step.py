@@ -26,7 +26,7 @@ Adapt = Callable[[Params], Params]
 
 
 class TrainState(NamedTuple):
-    """What a step changes: the parameters that move, and AdamW's memory of them."""
+    """What a step changes: the parameters that move, the optimizer's memory of them."""
 
     step: Int[Array, ""]  # Of the stage.
     params: Params
