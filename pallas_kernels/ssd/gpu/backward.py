@@ -74,14 +74,18 @@ def ssd_gpu_dx(
 ):
     """One tile of early tokens: the state behind, then the tiles from its own on."""
     own, valid = pieces.program_tile(), pieces.validity(plan)
-    there, every = valid(own), pieces.parts(plan.head_dim)
+    there, every = valid(own), pieces.channel_parts(plan)
     token = lambda tile: pieces.token(tile, plan, log_decay_ref, run_ref)
-    early, b = token(own), pieces.load_maps(b_ref, own, plan, there)
+    early = token(own)
+    load_b = lambda: pieces.load_map_parts(b_ref, own, plan, there)
+    b = load_b()
 
     def one_tile(tile, sums):
         there = valid(tile)
-        c = pieces.load_maps(c_ref, tile, plan, there)
-        weight = pieces.matmul(b, c, (1, 1)) * pieces.decay(token(tile), early, 1)
+        c = pieces.load_map_parts(c_ref, tile, plan, there)
+        # Kept in two parts through the loop, float32 would not fit registers.
+        scores = pieces.over_parts(b if plan.narrow else load_b(), c)
+        weight = scores * pieces.decay(token(tile), early, 1)
         dy = pieces.load_channels(dy_ref, tile, plan, there)
         return tuple(
             s + pieces.matmul(weight.astype(z.dtype), z)
@@ -89,7 +93,7 @@ def ssd_gpu_dx(
         )
 
     to_end = to_end_ref[pieces.rows_of(own, plan)][:, None]
-    leaving = tuple(pieces.matmul(b, dstate_ref[:, part]) * to_end for part in every)
+    leaving = tuple(z * to_end for z in pieces.read(b, dstate_ref, plan))
     sums = lax.fori_loop(own, plan.tiles, one_tile, leaving)
 
     dt, d = dt_ref[pieces.rows_of(own, plan)][:, None], d_ref[0]
@@ -167,9 +171,9 @@ def ssd_gpu_dpairs(
     late, early = pieces.program_pair(plan)
 
     def over_heads(add_terms):
-        c = pieces.load_maps(c_ref, late, plan, valid(late))
-        b = pieces.load_maps(b_ref, early, plan, valid(early))
-        scores = pieces.matmul(c, b, (1, 1))
+        c = pieces.load_map_parts(c_ref, late, plan, valid(late))
+        b = pieces.load_map_parts(b_ref, early, plan, valid(early))
+        scores = pieces.over_parts(c, b)
 
         def one_head(head, total):
             token = lambda tile: pieces.token(
@@ -283,7 +287,7 @@ def _dmaps(
 
     def one_head(head, total):
         channels = pieces.load_channels(channels_ref, tile, plan, there, (head,))
-        states = [states_ref[head, :, part] for part in pieces.parts(plan.head_dim)]
+        states = [states_ref[head, :, part] for part in pieces.channel_parts(plan)]
         read = pieces.over_parts(channels, states) * weights_ref[head, rows][:, None]
         terms_ref[head, rows] = jnp.sum(read * own, axis=1)
         return total + read

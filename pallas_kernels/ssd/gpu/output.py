@@ -52,13 +52,17 @@ def ssd_gpu_output(
     own, valid = pieces.program_tile(), pieces.validity(plan)
     there = valid(own)
     token = lambda tile: pieces.token(tile, plan, log_decay_ref, run_ref)
-    late, c = token(own), pieces.load_maps(c_ref, own, plan, there)
+    late = token(own)
+    load_c = lambda: pieces.load_map_parts(c_ref, own, plan, there)
+    c = load_c()
     from_start = from_start_ref[pieces.rows_of(own, plan)][:, None]
 
     def one_tile(tile, sums):
         there = valid(tile)
-        b = pieces.load_maps(b_ref, tile, plan, there)
-        weight = pieces.matmul(c, b, (1, 1)) * pieces.decay(late, token(tile))
+        b = pieces.load_map_parts(b_ref, tile, plan, there)
+        # Kept in two parts through the loop, float32 would not fit registers.
+        scores = pieces.over_parts(c if plan.narrow else load_c(), b)
+        weight = scores * pieces.decay(late, token(tile))
         weight *= dt_ref[pieces.rows_of(tile, plan)][None, :]
         x = pieces.load_channels(x_ref, tile, plan, there)
         return tuple(
@@ -66,12 +70,9 @@ def ssd_gpu_output(
             for s, z in zip(sums, x, strict=True)
         )
 
-    entering = tuple(
-        pieces.matmul(c, state_ref[:, part]) * from_start
-        for part in pieces.parts(plan.head_dim)
-    )
+    entering = tuple(z * from_start for z in pieces.read(c, state_ref, plan))
     sums = lax.fori_loop(0, own + 1, one_tile, entering)
     x = pieces.load_channels(x_ref, own, plan, there)
-    for part, s, z in zip(pieces.parts(plan.head_dim), sums, x, strict=True):
+    for part, s, z in zip(pieces.channel_parts(plan), sums, x, strict=True):
         y = s + d_ref[0] * z.astype(jnp.float32)
         pieces.store(y_ref, (slice(None), part), y, there)

@@ -109,11 +109,23 @@ def positions(tile: Int[Array, ""] | int, plan: Plan) -> Int[Array, "L"]:
     return tile * plan.tile + lax.iota(jnp.int32, plan.tile)
 
 
-def parts(width: int) -> list[pl.Slice]:
-    """Cuts channels into powers of two, the largest first."""
-    sizes = [1 << bit for bit in range(width.bit_length()) if width >> bit & 1]
-    sizes.reverse()
-    return [pl.ds(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+def channel_parts(plan: Plan) -> list[pl.Slice]:
+    """Cuts a head's channels into powers of two, the largest first."""
+    return _parts(plan.head_dim, plan)
+
+
+def state_parts(plan: Plan) -> list[pl.Slice]:
+    """Cuts the state's dimension for matmuls that sum over it."""
+    return _parts(plan.state_dim, plan)
+
+
+def _parts(width: int, plan: Plan) -> list[pl.Slice]:
+    slices, start = [], 0
+    while start < width:
+        size = min(plan.part, 1 << (width - start).bit_length() - 1)
+        slices.append(pl.ds(start, size))
+        start += size
+    return slices
 
 
 def validity(plan: Plan) -> Callable:
@@ -144,7 +156,22 @@ def store(ref, index: tuple, values, there: Bool[Array, "L 1"] | None) -> None:
 def load_channels(ref, tile, plan: Plan, there, head: tuple = ()) -> list[Array]:
     """A tile of one head of x [L P] or [L R P], in parts."""
     rows = rows_of(tile, plan)
-    return [load(ref, (rows, *head, p), there) for p in parts(plan.head_dim)]
+    return [load(ref, (rows, *head, p), there) for p in channel_parts(plan)]
+
+
+def load_map_parts(ref, tile, plan: Plan, there) -> list[Array]:
+    """A tile of b or c in parts: a matmul over all of it would not fit registers."""
+    index = rows_of(tile, plan)
+    return [load(ref, (index, p), there) for p in state_parts(plan)]
+
+
+def read(maps: list[Array], state_ref, plan: Plan) -> tuple[Array, ...]:
+    """What b or c, in parts, read of a state S x P: a head's channels, in parts."""
+    inner = list(zip(maps, state_parts(plan), strict=True))
+    return tuple(
+        sum(matmul(z, state_ref[rows, part]) for z, rows in inner)
+        for part in channel_parts(plan)
+    )
 
 
 def load_maps(ref, tile, plan: Plan, there) -> Float[Array, "L S"]:
@@ -293,9 +320,9 @@ def grid(plan: Plan, *, tiles: int, groups: bool = False) -> tuple[int, int, int
     return tiles, plan.groups if groups else plan.heads, plan.batch * plan.chunks
 
 
-def zeros(rows: int, plan: Plan) -> tuple[Float[Array, "R X"], ...]:
+def zeros(rows: int, plan: Plan) -> tuple[Array, ...]:
     """An accumulator for a head's channels, in parts."""
-    return tuple(jnp.zeros((rows, p.size), jnp.float32) for p in parts(plan.head_dim))
+    return tuple(jnp.zeros((rows, p.size), jnp.float32) for p in channel_parts(plan))
 
 
 def struct(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:

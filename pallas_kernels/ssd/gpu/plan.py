@@ -6,8 +6,9 @@ import jax
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
 _CHUNK = 256  # States of a chunk of Nano-9B are then as many bytes as its x and y.
-# Tokens in one matmul: what a warp group's tensor core instruction takes. In float32,
-# whose operands come in two parts, registers hold half as many.
+_HEAD_DIM_OF_4_WARPS = 96
+# Tokens in one matmul: what a warp group's tensor core instruction takes. In float32
+# registers hold half as many.
 _TILES = {"bfloat16": 64, "float32": 32}
 _MAX_HEAD_DIM = 128  # What registers hold of a state of 128, in float32.
 _STATE_DIMS = (16, 32, 64, 128)
@@ -27,9 +28,19 @@ class Plan:
     interpret: bool
 
     @property
+    def narrow(self) -> bool:
+        """Whether operands are bfloat16; those of float32 come in two parts of TF32."""
+        return self.tile == _TILES["bfloat16"]
+
+    @property
     def warps(self) -> int:
-        """Warps of a program: float32's operands are spread over twice as many."""
-        return 8 if self.tile == _TILES["float32"] else 4
+        """Warps of a program; of the largest, twice as many share the registers."""
+        return 4 if self.narrow and self.head_dim <= _HEAD_DIM_OF_4_WARPS else 8
+
+    @property
+    def part(self) -> int:
+        """The most channels, or rows of a state, that one matmul sums over."""
+        return 128 if self.narrow else 32
 
     @property
     def heads(self) -> int:

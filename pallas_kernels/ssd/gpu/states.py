@@ -53,7 +53,7 @@ def ssd_gpu_states(channels_ref, maps_ref, weights_ref, out_ref, *, plan: Plan):
 
     zeros = pieces.zeros(plan.state_dim, plan)
     sums = lax.fori_loop(0, plan.tiles, one_tile, zeros)
-    for part, s in zip(pieces.parts(plan.head_dim), sums, strict=True):
+    for part, s in zip(pieces.channel_parts(plan), sums, strict=True):
         out_ref[:, part] = s
 
 
