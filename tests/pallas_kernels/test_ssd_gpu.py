@@ -124,9 +124,11 @@ def _lowered(implementation, P=80, with_gradients=False):
     run = functools.partial(_run, segment_ids=None, implementation=implementation)
     if with_gradients:
         forward = run
-        run = lambda z: jax.vjp(forward, z)[1](
-            (z["x"], jnp.zeros_like(z["initial_state"]))
-        )
+
+        def run(arrays):
+            outputs, pull = jax.vjp(forward, arrays)
+            return outputs, pull(outputs)
+
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=CHIP)):
         return jax.jit(run).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
 
