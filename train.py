@@ -168,9 +168,8 @@ def add_lora(
 
 def prepared_records(c: ml_collections.ConfigDict, split: str):
     """The decoded frames of the manifest's data set, as random-access records."""
-    return needle_builder.prepare(pathlib.Path(c.data.manifest).parent).as_data_source(
-        split
-    )
+    folder = pathlib.Path(c.data.manifest).parent
+    return needle_builder.prepare(folder, split).as_data_source(split)
 
 
 def encode_missing(

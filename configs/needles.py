@@ -78,14 +78,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.stages = dict()
     c.stages.warmup = dict(
         task=dict(kind="frames", words=WORDS, per_record=8, share=0.375),
-        steps=900,
+        steps=800,
         batch_size=64,
         lr=4e-3,
         frozen=(),
     )
     c.stages.glimpses = answer(8, steps=400, batch_size=32, lr=4e-3)
     c.stages.scenes = answer(32, steps=250, batch_size=32, lr=3e-3)
-    c.stages.mixed = answer(32, 128, 512, steps=160, batch_size=2, lr=1.5e-3)
+    c.stages.mixed = answer(32, 128, 512, steps=130, batch_size=2, lr=1.5e-3)
     c.stages.arm = answer(32, steps=100, batch_size=32, lr=1.2e-3)
     for stage in c.stages.values():
         stage.accumulate, stage.transv, stage.lr_multipliers = 1, (), ()

@@ -553,10 +553,9 @@ def test_what_a_hand_gets_wrong_is_said_in_one_line(tmp_path, flags, message):
 
 
 def test_the_builder_gives_each_frame_with_its_label(data):
-    builder = needle_builder.prepare(data)
     scenes = _scenes(data)
     for split in needles.SPLITS:
-        source = builder.as_data_source(split)
+        source = needle_builder.prepare(data, split).as_data_source(split)
         seconds = collections.Counter()
         for record in source:
             file, start = record["file"].decode(), int(record["start"])

@@ -16,6 +16,7 @@ from flax import nnx
 from golden_cases import GOLDEN, load, under
 
 from timeviper_jax.data.examples import Role
+from timeviper_jax.layers.attention import AttentionConfig
 from timeviper_jax.llm import transv
 from timeviper_jax.llm.hybrid import HybridLM, Output
 from timeviper_jax.llm.stream import Stream, make_stream
@@ -600,6 +601,27 @@ def test_text_alone_passes_every_stage_unchanged():
     got, want = (jax.tree.leaves(s) for s in (run(lm, stream), stream))
     for after, before in zip(got, want, strict=True):
         np.testing.assert_array_equal(after, before)
+
+
+def test_a_transfer_reads_as_sharply_however_much_was_dropped():
+    sizes = dict(embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
+    scaled, plain = (
+        tiny.build(lambda base=base: _make_transfer(sizes | {"log_base": base}))
+        for base in (4.0, 0.0)
+    )
+    rng = np.random.default_rng(0)
+    text, seen = (rng.normal(size=(1, n, 8)).astype(np.float32) for n in (3, 20))
+    # 16 tokens are the text's own sample's, so logits are log 16 / log 4 = 2 times.
+    dropped = transv.Dropped(x=seen, segment_ids=np.repeat([[1, 2]], [16, 4], axis=1))
+    ids = np.ones((1, 3), np.int32)
+    plain.q.kernel[...] *= 2
+    np.testing.assert_allclose(
+        scaled(text, ids, dropped), plain(text, ids, dropped), **FLOAT32
+    )
+
+
+def _make_transfer(sizes: dict) -> transv.Transfer:
+    return transv.Transfer(AttentionConfig(**sizes), rngs=nnx.Rngs(0))
 
 
 def test_a_transfer_starts_as_the_nearest_self_attention_after_it():

@@ -3,7 +3,7 @@
 Each video is decoded once, to small frames with a label a frame: what is shown, if
 anything. The encoder is warmed up on them, and features are computed from them.
 
-builder = needle_builder.prepare("data/needles")
+builder = needle_builder.prepare("data/needles", "train")
 source = builder.as_data_source("train")  # Random access; goes into grain.
 """
 
@@ -31,6 +31,8 @@ class Needles(tfds.core.GeneratorBasedBuilder):
     """Records of consecutive frames of one file, in the order of the manifest."""
 
     VERSION = tfds.core.Version("1.0.0")
+    # A split is a config, so that nobody waits for one that is not asked for.
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=split) for split in needles.SPLITS]
     # Nothing is downloaded; looking for checksums needs a package TFDS doesn't install.
     url_infos = None
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
@@ -61,7 +63,8 @@ class Needles(tfds.core.GeneratorBasedBuilder):
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         root = pathlib.Path(dl_manager.manual_dir)
-        return {split: self._generate_examples(root, split) for split in needles.SPLITS}
+        split = self.builder_config.name
+        return {split: self._generate_examples(root, split)}
 
     def _generate_examples(
         self, root: pathlib.Path, split: str
@@ -78,13 +81,15 @@ class Needles(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(
-    source: str | pathlib.Path, data_dir: str | pathlib.Path | None = None
+    source: str | pathlib.Path,
+    split: str,
+    data_dir: str | pathlib.Path | None = None,
 ) -> Needles:
-    """The builder for the data in `source`, its records written if they are not yet."""
+    """The builder of a split of `source`, its records written if they are not yet."""
     data_dir = pathlib.Path(data_dir or pathlib.Path(source) / "tfds")
-    for left in data_dir.glob(f"{Needles.name}/incomplete.*"):
+    for left in data_dir.glob(f"{Needles.name}/{split}/incomplete.*"):
         shutil.rmtree(left)  # By a run that was stopped.
-    builder = Needles(data_dir=str(data_dir), file_format="array_record")
+    builder = Needles(config=split, data_dir=str(data_dir), file_format="array_record")
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=str(source))
     )

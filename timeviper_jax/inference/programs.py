@@ -203,13 +203,13 @@ def transfer(
 ) -> Float[Array, "B T D"]:
     """`text` after its receiving tokens have read what a stage dropped."""
     module: Transfer = nnx.merge(graph, params)
+    counts = jnp.sum(dropped.valid, axis=1, dtype=jnp.int32)[:, None]
     read = attention(
-        module.q(text),
+        module.query(text, jnp.broadcast_to(counts, receives.shape)),
         dropped.k,
         dropped.v,
         causal=False,
         kv_mask=dropped.valid,
         kv_length=dropped.used,
     )
-    gate = jnp.tanh(module.alpha[...].astype(jnp.float32)).astype(text.dtype)
-    return text + jnp.where(receives[..., None], gate * module.out(read), 0)
+    return jnp.where(receives[..., None], module.add(text, read), text)

@@ -80,6 +80,17 @@ def projections(cfg: AttentionConfig, rngs: nnx.Rngs) -> dict[str, nnx.Einsum]:
     }
 
 
+def scale_queries(
+    q: Float[Array, "B T N H"], counts: Int[Array, "B T"], log_base: float
+) -> Float[Array, "B T N H"]:
+    """Queries times log(count) / log(log_base), where a count is of what each sees."""
+    if not log_base:
+        return q
+    n = jnp.maximum(counts, 2).astype(jnp.float32)
+    factor = jnp.log(n) / math.log(log_base)
+    return q * factor[..., None, None].astype(q.dtype)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with grouped keys and values."""
 
@@ -92,12 +103,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], counts: Int[Array, "B T"]
     ) -> Float[Array, "B T N H"]:
         """Queries, scaled by how many tokens (`counts`) each of them sees."""
-        q = self.q(x)
-        if not self.cfg.log_base:
-            return q
-        n = jnp.maximum(counts, 2).astype(jnp.float32)
-        factor = jnp.log(n) / math.log(self.cfg.log_base)
-        return q * factor[..., None, None].astype(q.dtype)
+        return scale_queries(self.q(x), counts, self.cfg.log_base)
 
     def project(
         self, x: Float[Array, "B T D"], counts: Int[Array, "B T"]

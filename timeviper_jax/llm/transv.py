@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.attention import attention
 from timeviper_jax.data.examples import Role
-from timeviper_jax.layers.attention import AttentionConfig, projections
+from timeviper_jax.layers.attention import AttentionConfig, projections, scale_queries
 from timeviper_jax.llm.stream import Stream, take, where_true
 
 # Which text a transfer adds to: the first question after the media, or all text from
@@ -231,9 +231,23 @@ class Transfer(nnx.Module):
     """
 
     def __init__(self, cfg: AttentionConfig, *, rngs: nnx.Rngs):
+        self.log_base = cfg.log_base
         for name, module in projections(cfg, rngs).items():
             setattr(self, name, module)
         self.alpha = nnx.Param(jnp.zeros((), cfg.param_dtype))
+
+    def query(
+        self, text: Float[Array, "B T D"], counts: Int[Array, "B T"]
+    ) -> Float[Array, "B T N H"]:
+        """Queries of text of which each token sees `counts` dropped ones."""
+        return scale_queries(self.q(text), counts, self.log_base)
+
+    def add(
+        self, text: Float[Array, "B T D"], read: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T D"]:
+        """`text` with what it read, as far as the gate is open."""
+        gate = jnp.tanh(self.alpha[...].astype(jnp.float32)).astype(text.dtype)
+        return text + gate * self.out(read)
 
     def __call__(
         self,
@@ -242,8 +256,9 @@ class Transfer(nnx.Module):
         dropped: Dropped,
     ) -> Float[Array, "B T D"]:
         """`text` after each token has read the dropped tokens of its own sample."""
+        mine = segment_ids[:, :, None] == dropped.segment_ids[:, None, :]
         read = attention(
-            self.q(text),
+            self.query(text, jnp.sum(mine, axis=-1)),
             self.k(dropped.x),
             self.v(dropped.x),
             causal=False,
@@ -251,8 +266,7 @@ class Transfer(nnx.Module):
             kv_segment_ids=dropped.segment_ids,
             kv_mask=dropped.segment_ids > 0,
         )
-        gate = jnp.tanh(self.alpha[...].astype(jnp.float32)).astype(text.dtype)
-        return text + gate * self.out(read)
+        return self.add(text, read)
 
 
 def receivers(stream: Stream, transfer_to: str) -> Bool[Array, "B T"]:
