@@ -610,10 +610,11 @@ def test_a_transfer_reads_as_sharply_however_much_was_dropped():
         for base in (4.0, 0.0)
     )
     rng = np.random.default_rng(0)
-    text, seen = (rng.normal(size=(1, n, 8)).astype(np.float32) for n in (3, 20))
+    text, seen = (jnp.array(rng.normal(size=(1, n, 8)), jnp.float32) for n in (3, 20))
     # 16 tokens are the text's own sample's, so logits are log 16 / log 4 = 2 times.
-    dropped = transv.Dropped(x=seen, segment_ids=np.repeat([[1, 2]], [16, 4], axis=1))
-    ids = np.ones((1, 3), np.int32)
+    ids = jnp.ones((1, 3), jnp.int32)
+    theirs = jnp.repeat(jnp.array([[1, 2]]), jnp.array([16, 4]), axis=1)
+    dropped = transv.Dropped(x=seen, segment_ids=theirs)
     plain.q.kernel[...] *= 2
     np.testing.assert_allclose(
         scaled(text, ids, dropped), plain(text, ids, dropped), **FLOAT32
