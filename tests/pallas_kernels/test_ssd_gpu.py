@@ -11,94 +11,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from ssd_cases import assert_right, make_inputs, narrow, run
 
-from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd.gpu import plan
 
-ARGUMENTS = ("x", "dt", "a", "b", "c", "d", "initial_state")
 CHIP = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-
-
-def _inputs(T, N, P, G, S, B=1, seed=0):
-    """The arguments of `ssd` by name, in float64 NumPy but rounded to bfloat16."""
-    rng = np.random.default_rng(seed)
-    inputs = {
-        "x": rng.normal(size=(B, T, N, P)),
-        "dt": rng.exponential(0.1, size=(B, T, N)),
-        "a": -rng.uniform(0.2, 2, size=N),
-        "b": rng.normal(size=(B, T, G, S)),
-        "c": rng.normal(size=(B, T, G, S)),
-        "d": rng.normal(size=N),
-        "initial_state": rng.normal(size=(B, N, P, S)),
-    }
-    round_ = lambda z: np.asarray(jnp.asarray(z, jnp.bfloat16), np.float64)
-    return jax.tree.map(round_, inputs)
 
 
 def _short():
     """Two tiles of one chunk; several tests share the compiled program."""
-    return _inputs(T=100, N=2, P=16, G=1, S=16)
+    return make_inputs(T=100, N=2, P=16, G=1, S=16)
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def _run(inputs, segment_ids, implementation):
-    return ssd(
-        *(inputs[name] for name in ARGUMENTS[:5]),
-        d=inputs["d"],
-        initial_state=inputs["initial_state"],
-        segment_ids=segment_ids,
-        implementation=implementation,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="implementation")
-def _run_with_gradients(inputs, cotangents, segment_ids, implementation):
-    run = lambda inputs: _run(inputs, segment_ids, implementation)
-    (y, state), pull = jax.vjp(run, inputs)
-    dy, dstate = cotangents
-    return (y, state), pull((dy.astype(y.dtype), dstate))[0]
-
-
-def _narrow(inputs, dtype):
-    """float32, but for the arrays that a model holds in its own dtype."""
-    dtypes = dict.fromkeys(("x", "b", "c"), dtype)
-    return {k: jnp.asarray(v, dtypes.get(k, jnp.float32)) for k, v in inputs.items()}
-
-
-def _compare(inputs, tolerance, segment_ids=None, dtype=jnp.float32):
-    """Errors of outputs and gradients, relative to each array's largest element."""
-    rng = np.random.default_rng(1)
-    cotangents = [rng.normal(size=inputs[k].shape) for k in ("x", "initial_state")]
-    with jax.enable_x64(True):
-        want = _run_with_gradients(inputs, cotangents, segment_ids, "scan")
-        want = jax.tree.map(np.asarray, want)
-    narrow = [jnp.asarray(z, jnp.float32) for z in cotangents]
-    got = _run_with_gradients(_narrow(inputs, dtype), narrow, segment_ids, "pallas_gpu")
-    assert got[0][0].dtype == dtype
-
-    def error(g, w):
-        g = np.asarray(g).astype(np.float64)
-        return np.abs(g - w).max() / (np.abs(w).max() + 1e-30)
-
-    errors = jax.tree.leaves_with_path(jax.tree.map(error, got, want))
-    errors = {jax.tree_util.keystr(path): e for path, e in errors}
-    assert all(e <= tolerance for e in errors.values()), errors
+_assert_right = functools.partial(assert_right, "pallas_gpu")
 
 
 def test_packed_and_ragged_in_float32():
     # Segments end in mid-tile, at a tile's edge, after one token; one spans two chunks.
     lengths = [3, 1, 60, 70, 156, 5, 300]
     segment_ids = np.repeat([1, 2, 3, 4, 9, 5, 0], lengths)[None, :300]
-    _compare(_inputs(T=300, N=4, P=48, G=2, S=32), 5e-6, segment_ids)
+    _assert_right(make_inputs(T=300, N=4, P=48, G=2, S=32), 5e-6, segment_ids)
 
 
 def test_bfloat16_with_heads_in_parts():
     # Rounding of y, of weights and of states for the matmuls: 4.7e-3 has been seen.
-    _compare(_inputs(140, 2, 80, 1, 16, B=2), 6e-3, dtype=jnp.bfloat16)
+    _assert_right(make_inputs(140, 2, 80, 1, 16, B=2), 6e-3, dtype=jnp.bfloat16)
 
 
 def test_one_token():
-    _compare(_inputs(T=1, N=2, P=16, G=1, S=16), 5e-6)
+    _assert_right(make_inputs(T=1, N=2, P=16, G=1, S=16), 5e-6)
 
 
 def test_strong_decay_neither_overflows_nor_loses_the_gradient():
@@ -108,29 +49,29 @@ def test_strong_decay_neither_overflows_nor_loses_the_gradient():
     strong = np.arange(100)[:, None] % 2
     inputs["dt"] = np.where(strong, 4, 1e-3) * (inputs["dt"] + 0.5)
     # Where float32 is exact to 1e-2 of an exponent.
-    _compare(inputs, 2e-2)
+    _assert_right(inputs, 2e-2)
 
 
 def test_zero_and_tiny_steps():
     inputs = _short()
     inputs["dt"][:, 2:9] = 0
     inputs["dt"][:, 9:20] = 1e-30
-    _compare(inputs, 5e-6)
+    _assert_right(inputs, 5e-6)
 
 
 def _lowered(implementation, P=80, with_gradients=False):
     """The text of the program for a GPU, which holds the kernels by name."""
-    arrays = _narrow(_inputs(T=100, N=4, P=P, G=2, S=128), jnp.bfloat16)
-    run = functools.partial(_run, segment_ids=None, implementation=implementation)
-    if with_gradients:
-        forward = run
+    arrays = narrow(make_inputs(T=100, N=4, P=P, G=2, S=128), jnp.bfloat16)
+    forward = functools.partial(run, segment_ids=None, implementation=implementation)
 
-        def run(arrays):
-            outputs, pull = jax.vjp(forward, arrays)
-            return outputs, pull(outputs)
+    def forward_and_back(arrays):
+        outputs, pull = jax.vjp(forward, arrays)
+        return outputs, pull(outputs)
+
+    program = jax.jit(forward_and_back if with_gradients else forward)
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=CHIP)):
-        return jax.jit(run).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+        return program.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_the_kernels_are_what_runs_where_they_are_named():
@@ -166,10 +107,10 @@ def test_refusals_say_why(x, b, dtype, platform, reason):
 
 
 def test_arrays_of_two_dtypes_are_refused():
-    inputs = _narrow(_short(), jnp.float32)
+    inputs = narrow(_short(), jnp.float32)
     inputs["b"] = inputs["b"].astype(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="must be of one dtype"):
-        _run(inputs, None, "pallas_gpu")
+        run(inputs, None, "pallas_gpu")
 
 
 def test_a_mesh_that_xla_divides_is_refused():
@@ -178,4 +119,4 @@ def test_a_mesh_that_xla_divides_is_refused():
         jax.sharding.use_abstract_mesh(mesh),
         pytest.raises(NotImplementedError, match="call it under jax.shard_map"),
     ):
-        _run(_narrow(_short(), jnp.float32), None, "pallas_gpu")
+        run(narrow(_short(), jnp.float32), None, "pallas_gpu")

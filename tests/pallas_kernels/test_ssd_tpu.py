@@ -11,35 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from ssd_cases import assert_right, make_inputs, narrow, run
 
-from pallas_kernels.ssd import pallas_tpu, ssd
+from pallas_kernels.ssd import pallas_tpu
 from pallas_kernels.ssd.tpu import plan
 
 T, N, P, G, S = 300, 4, 64, 2, 128
-ARGUMENTS = ("x", "dt", "a", "b", "c", "d", "initial_state")
 CHIP = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
 
 
-def _inputs(T=T, N=N, P=P, G=G, S=S, B=1, seed=0):
-    """The arguments of `ssd` by name, in float64 NumPy but rounded to bfloat16."""
-    rng = np.random.default_rng(seed)
-    inputs = {
-        "x": rng.normal(size=(B, T, N, P)),
-        "dt": rng.exponential(0.1, size=(B, T, N)),
-        "a": -rng.uniform(0.2, 2, size=N),
-        "b": rng.normal(size=(B, T, G, S)),
-        "c": rng.normal(size=(B, T, G, S)),
-        "d": rng.normal(size=N),
-        "initial_state": rng.normal(size=(B, N, P, S)),
-    }
-    round_ = lambda z: np.asarray(jnp.asarray(z, jnp.bfloat16), np.float64)
-    return jax.tree.map(round_, inputs)
-
-
-def _cotangents(inputs, seed=1):
-    rng = np.random.default_rng(seed)
-    normal = lambda z: rng.normal(size=z.shape)
-    return normal(inputs["x"]), normal(inputs["initial_state"])
+def _inputs(T=T, N=N, P=P, G=G, S=S, B=1):
+    return make_inputs(T, N, P, G, S, B)
 
 
 def _segments(T=T):
@@ -48,80 +30,27 @@ def _segments(T=T):
     return np.repeat([1, 2, 3, 4, 9, 5, 0], lengths)[None, :T]
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def _run(inputs, segment_ids, implementation):
-    return ssd(
-        *(inputs[name] for name in ARGUMENTS[:5]),
-        d=inputs["d"],
-        initial_state=inputs["initial_state"],
-        segment_ids=segment_ids,
-        implementation=implementation,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="implementation")
-def _run_with_gradients(inputs, cotangents, segment_ids, implementation):
-    run = lambda inputs: _run(inputs, segment_ids, implementation)
-    (y, state), pull = jax.vjp(run, inputs)
-    dy, dstate = cotangents
-    return (y, state), pull((dy.astype(y.dtype), dstate))[0]
-
-
-def _reference(inputs, cotangents, segment_ids=None):
-    with jax.enable_x64(True):
-        out = _run_with_gradients(inputs, cotangents, segment_ids, "scan")
-        return jax.tree.map(np.asarray, out)
-
-
-def _narrow(inputs, dtype):
-    """float32, but for the arrays that a model holds in its own dtype."""
-    dtypes = dict.fromkeys(("x", "b", "c"), dtype)
-    return {k: jnp.asarray(v, dtypes.get(k, jnp.float32)) for k, v in inputs.items()}
-
-
-def _errors(got, want):
-    """The largest error of each array, relative to its largest element."""
-
-    def error(g, w):
-        g = np.asarray(g).astype(np.float64)
-        return np.abs(g - w).max() / (np.abs(w).max() + 1e-30)
-
-    errors = jax.tree.map(error, got, want)
-    return {jax.tree_util.keystr(k): v for k, v in jax.tree.leaves_with_path(errors)}
-
-
-def _assert_close(got, want, tolerance):
-    errors = _errors(got, want)
-    assert max(errors.values()) <= tolerance, errors
-
-
-def _compare(inputs, tolerance, segment_ids=None, dtype=jnp.float32):
-    cotangents = _cotangents(inputs)
-    want = _reference(inputs, cotangents, segment_ids)
-    narrow = jax.tree.map(lambda z: jnp.asarray(z, jnp.float32), cotangents)
-    got = _run_with_gradients(_narrow(inputs, dtype), narrow, segment_ids, "pallas_tpu")
-    assert got[0][0].dtype == dtype
-    _assert_close(got, want, tolerance)
+_assert_right = functools.partial(assert_right, "pallas_tpu")
 
 
 def test_packed_and_ragged_in_float32():
-    _compare(_inputs(), 5e-6, _segments())
+    _assert_right(_inputs(), 5e-6, _segments())
 
 
 def test_bfloat16_with_heads_across_registers():
     # Rounding of weights and state for the matmuls: 2.5e-3 at most has been seen.
-    _compare(_inputs(T=140, N=2, P=80, G=1, S=16, B=2), 6e-3, dtype=jnp.bfloat16)
+    _assert_right(_inputs(T=140, N=2, P=80, G=1, S=16, B=2), 6e-3, dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize("T", [1, 128])
 def test_short_sequences(T):
-    _compare(_inputs(T=T, N=2, P=16, G=1, S=16), 5e-6)
+    _assert_right(_inputs(T=T, N=2, P=16, G=1, S=16), 5e-6)
 
 
 @pytest.mark.slow
 def test_long_sequences_take_four_chunks_a_step(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "target_device_kind", lambda: "TPU v6 lite")
-    _compare(_inputs(T=2300, N=2, P=16, G=1, S=16), 5e-6, _segments(2300))
+    _assert_right(_inputs(T=2300, N=2, P=16, G=1, S=16), 5e-6, _segments(2300))
 
 
 def test_strong_decay_neither_overflows_nor_loses_the_gradient():
@@ -131,23 +60,23 @@ def test_strong_decay_neither_overflows_nor_loses_the_gradient():
     strong = np.arange(140)[:, None] % 2
     inputs["dt"] = np.where(strong, 4, 1e-3) * (inputs["dt"] + 0.5)
     # Where float32 is exact to 1e-2 of an exponent.
-    _compare(inputs, 2e-2)
+    _assert_right(inputs, 2e-2)
 
 
 def test_zero_and_tiny_steps():
     inputs = _inputs(T=140, N=2, P=16, G=1, S=16)
     inputs["dt"][:, 2:9] = 0
     inputs["dt"][:, 9:20] = 1e-30
-    _compare(inputs, 5e-6)
+    _assert_right(inputs, 5e-6)
 
 
 def _lowered(implementation, shape=(1, T, N, P, G, S), dtype=jnp.bfloat16):
     """The text of the program for a TPU, which holds the kernels by name."""
     B, T, N, P, G, S = shape
-    arrays = _narrow(_inputs(T, N, P, G, S, B), dtype)
+    arrays = narrow(_inputs(T, N, P, G, S, B), dtype)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=CHIP)):
-        run = functools.partial(_run, implementation=implementation)
-        traced = jax.jit(run).trace(arrays, None)
+        program = functools.partial(run, implementation=implementation)
+        traced = jax.jit(program).trace(arrays, None)
         return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
@@ -194,4 +123,4 @@ def test_a_mesh_that_xla_divides_is_refused():
         jax.sharding.use_abstract_mesh(mesh),
         pytest.raises(NotImplementedError, match="call it under jax.shard_map"),
     ):
-        _run(_narrow(_inputs(T=1), jnp.float32), None, "pallas_tpu")
+        run(narrow(_inputs(T=1), jnp.float32), None, "pallas_tpu")

@@ -19,7 +19,7 @@ from timeviper_jax.training.parameters import split
 FRAMES, TEXT = 4, 16
 ROWS, STEPS = 8, 8
 OPTIMIZER = OptimizerConfig(
-    muon=False,
+    muon=True,
     b1=0.9,
     b2=0.95,
     eps=1e-3,  # Adam's usual one turns rounding noise into steps of full size.

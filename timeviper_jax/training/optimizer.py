@@ -95,7 +95,7 @@ def make_optimizer(
 
 
 def _direction(params: Shapes, cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradients to updates of about the size one, by Adam or, for matrices, Muon."""
+    """Gradients to updates of the size of Adam's, by Adam or, for matrices, Muon."""
     adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
     if not cfg.muon:
         return adam
