@@ -20,10 +20,10 @@ LEVELS = {
     "timeviper_jax.conversion": 4,
     "timeviper_jax.evals": 5,
     "timeviper_jax.analysis": 5,
-    "timeviper_jax.benchmarks": 5,
-    "configs": 6,
-    "train": 7,
-    "eval": 7,
+    "timeviper_jax.benchmarks": 6,
+    "configs": 7,
+    "train": 8,
+    "eval": 8,
 }
 # The model's own two files are one package in all but name.
 SAME_PACKAGE = {"timeviper_jax.presets": "timeviper_jax.timeviper"}
