@@ -269,3 +269,41 @@ def test_text_alone_is_answered():
     viewer, memory = watch("uniform_attention", [text])
     got = viewer.logits(memory, [parts(text)[1]])
     np.testing.assert_allclose(got, one_pass("uniform_attention", [text]), **FLOAT32)
+
+
+class Coming:
+    """Features of frames that a decoder is still making: each is to be had once."""
+
+    def __init__(self, features: np.ndarray):
+        self._features, self.shape, self._next = features, features.shape, 0
+
+    def __getitem__(self, frames: slice) -> np.ndarray:
+        assert frames.start == self._next
+        self._next = frames.stop
+        return self._features[frames]
+
+
+def test_features_are_read_once_in_order_while_they_come():
+    viewer, memory = watch("none", [LONG, SHORT])
+    questions = [parts(e)[1] for e in (LONG, SHORT)]
+    want = viewer.logits(memory, questions)
+    coming = [
+        dataclasses.replace(e, features=Coming(e.features)) for e in (LONG, SHORT)
+    ]
+    assert [e.features._next for e in coming] == [0, 0]
+    memory = viewer.watch([parts(e)[0] for e in coming])
+    assert [e.features._next for e in coming] == [11, 7]
+    np.testing.assert_array_equal(viewer.logits(memory, questions), want)
+
+
+@pytest.mark.parametrize(
+    "cut, wrong",
+    [
+        (np.s_[:-1], "Features of 10 frames of 2 tokens of width 32, .* 22 vision"),
+        (np.s_[:, :1], "Features of 11 frames of 1 tokens of width 32"),
+        (np.s_[..., 1:], "width 31, .* the model reads width 32"),
+    ],
+)
+def test_features_that_do_not_fit_the_prompt_are_an_error(cut, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        watch("none", [dataclasses.replace(LONG, features=Coming(LONG.features[cut]))])

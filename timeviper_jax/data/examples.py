@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, UInt8
@@ -25,11 +25,22 @@ class Role(enum.IntEnum):
     ANSWER = 4
 
 
+@runtime_checkable
+class FrameFeatures(Protocol):
+    """Features, F V E, of frames that are given when they are asked for, in order."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    def __getitem__(self, frames: slice) -> np.ndarray: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
     """One sample before batching. Its frames are pixels or encoded features.
 
-    The j-th VISION position takes the j-th token of the frames, frame by frame.
+    The j-th VISION position takes the j-th token of the frames, frame by frame. Only
+    inference takes features that are no array: it reads them once, from the first on.
     """
 
     tokens: Int[np.ndarray, "T"]
@@ -37,7 +48,7 @@ class Example:
     loss_mask: Bool[np.ndarray, "T"]
     frame_times: Float32[np.ndarray, "F"]
     frames: UInt8[np.ndarray, "F H W 3"] | None = None
-    features: Float[np.ndarray, "F V E"] | None = None
+    features: Float[np.ndarray, "F V E"] | FrameFeatures | None = None
 
     @property
     def num_frames(self) -> int:

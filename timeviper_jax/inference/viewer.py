@@ -31,6 +31,7 @@ from timeviper_jax.inference.held import Held
 from timeviper_jax.inference.memory import DroppedKV, Memory, Stretch
 from timeviper_jax.inference.programs import Answers
 from timeviper_jax.inference.sampling import Decoding
+from timeviper_jax.inference.source import check_features, token_chunks
 from timeviper_jax.llm.transv import Stage
 from timeviper_jax.timeviper import TimeViper
 
@@ -92,6 +93,8 @@ class Viewer:
         """Reads videos, up to their last vision token, into a memory of a row each.
 
         Their frames are encoded: `features` holds what `TimeViper.encode` made of them.
+        It may be a file mapped to memory, or anything else with a shape whose frames
+        `[start:stop]` are given when they are asked for: each once, in order.
         """
         rows = self._rows(len(videos), self.cfg.video_rows, "video_rows")
         chunks, counts = self._embedded(videos, rows)
@@ -118,41 +121,24 @@ class Viewer:
         self, videos: Sequence[Example], rows: int
     ) -> tuple[Iterator[tuple[jax.Array, np.ndarray]], Int[np.ndarray, "B"]]:
         """Chunks of (embeddings, roles), and the vision tokens of each row."""
-        length = max((len(video.tokens) for video in videos), default=0)
-        length += -length % self.cfg.chunk
-        tokens, roles = np.zeros((2, rows, length), np.int32)
+        counts = np.zeros(rows, int)
         for row, video in enumerate(videos):
-            tokens[row, : len(video.tokens)] = video.tokens
-            roles[row, : len(video.roles)] = video.roles
-        counts = np.count_nonzero(roles == Role.VISION, axis=1)
+            counts[row] = np.count_nonzero(video.roles == Role.VISION)
+            check_features(video, self._feature_dim)
 
         def chunks():
-            for start in range(0, length, self.cfg.chunk):
-                here = slice(start, start + self.cfg.chunk)
-                features, times = self._vision(videos, roles, here)
+            for c in token_chunks(
+                videos,
+                rows=rows,
+                size=self.cfg.chunk,
+                feature_dim=self._feature_dim,
+            ):
                 x = self._run_on.embed(
-                    self._params, tokens[:, here], roles[:, here], features, times
+                    self._params, c.tokens, c.roles, c.features, c.times
                 )
-                yield x, roles[:, here]
+                yield x, c.roles
 
         return chunks(), counts
-
-    def _vision(
-        self, videos: Sequence[Example], roles: Int[np.ndarray, "B T"], here: slice
-    ) -> tuple[Float[np.ndarray, "B C E"], Float[np.ndarray, "B C"]]:
-        """For each token of a chunk the feature and time it has, or zeros."""
-        size = here.stop - here.start
-        features = np.zeros((len(roles), size, self._feature_dim), np.float32)
-        times = np.zeros((len(roles), size), np.float32)
-        for row, video in enumerate(videos):
-            is_vision = roles[row] == Role.VISION
-            first = np.count_nonzero(is_vision[: here.start])
-            at = np.flatnonzero(is_vision[here])
-            flat = video.features.reshape(-1, video.features.shape[-1])
-            number = first + np.arange(len(at))
-            features[row, at] = flat[number]
-            times[row, at] = video.frame_times[number // video.features.shape[1]]
-        return features, times
 
     # Stretches of layers.
 
