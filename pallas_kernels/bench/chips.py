@@ -5,18 +5,22 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip by its smallest topology; in bytes a second, hertz, bfloat16 flop/s."""
+    """A chip by its smallest topology; bytes/s, hertz, bfloat16 flop/s, bytes."""
 
     topology: str
     bandwidth: float
     clock: float
     peak: float
+    memory: float
 
 
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm. Clocks follow from the
 # peak in bfloat16 and the size and number of matrix units.
 CHIPS = {
-    "v5e": Chip("v5e:2x4", 819e9, 1.503e9, 197e12),
-    "v5p": Chip("v5p:2x2x1", 2765e9, 1.75e9, 459e12),
-    "v6e": Chip("v6e:2x4", 1640e9, 1.75e9, 918e12),
+    "v5e": Chip("v5e:2x4", 819e9, 1.503e9, 197e12, 16 * 2**30),
+    "v5p": Chip("v5p:2x2x1", 2765e9, 1.75e9, 459e12, 95 * 2**30),
+    "v6e": Chip("v6e:2x4", 1640e9, 1.75e9, 918e12, 32 * 2**30),
 }
+
+# https://www.nvidia.com/en-us/data-center/h200: its peak without sparsity.
+GPUS = {"h200": Chip("1x1x1", 4800e9, 1.98e9, 989e12, 141e9)}

@@ -66,12 +66,14 @@ def _bundles(folder: str, kernel: str) -> int:
 
 def _compile_here(chip_name: str, direction: str, shape: str, op: str) -> dict:
     import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding, PartitionSpec
 
-    from pallas_kernels.bench import attention_programs, conv_programs, programs
-    from pallas_kernels.bench.chips import CHIPS
+    from pallas_kernels.bench import (
+        attention_programs,
+        conv_programs,
+        programs,
+        topology,
+    )
 
     programs = {
         "ssd": programs,
@@ -80,9 +82,7 @@ def _compile_here(chip_name: str, direction: str, shape: str, op: str) -> dict:
     }[op]
     sizes = json.loads(shape)
     shape = programs.Shape(*sizes) if sizes else programs.NANO_9B
-    topology = CHIPS[chip_name].topology
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    mesh = Mesh(np.array(devices[:1]), ("device",))
+    mesh = topology.one_chip(chip_name)
     place = NamedSharding(mesh, PartitionSpec())
     # The mesh tells the ops which chip they are compiled for.
     with jax.set_mesh(mesh):

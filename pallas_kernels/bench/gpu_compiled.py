@@ -27,31 +27,6 @@ PACKAGES = (
     "jaxtyping",
 )
 
-# An H200 (sm_90), as XLA describes one to itself.
-_TARGET = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 }
-  core_count: 132
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  registers_per_block_limit: 65536
-  registers_per_core_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  device_memory_size: 150754820096
-}
-platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
-"""
 _DUMP = "KERNEL_DUMP"
 _ITEM_SIZES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 # What XLA only names: no bytes move.
@@ -145,19 +120,15 @@ def _assembled(path: str) -> str:
 
 def _compile_here(direction: str, shape: list | None) -> dict:
     import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding, PartitionSpec
 
-    from pallas_kernels.bench import gpu_programs, programs
+    from pallas_kernels.bench import gpu_programs, programs, topology
 
     shape = programs.Shape(*shape) if shape else programs.NANO_9B
     arrays = gpu_programs.inputs(shape)
     if direction == "forward":
         arrays = {k: v for k, v in arrays.items() if k not in ("dy", "dlast")}
-    one = dict(topology_name="1x1x1", topology="1x1x1", target_config=_TARGET)
-    devices = topologies.get_topology_desc(platform="cuda", **one).devices
-    mesh = Mesh(np.array(devices[:1]), ("device",))
+    mesh = topology.one_chip("h200")
     place = NamedSharding(mesh, PartitionSpec())
     arrays = {
         name: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=place)
