@@ -26,7 +26,7 @@ class Mean(NamedTuple):
         return cls(jnp.sum(values.astype(jnp.float32) * weights), jnp.sum(weights))
 
     @classmethod
-    def single(cls, value: Float[Array, ""]) -> "Mean":
+    def single(cls, value: Shaped[Array, ""]) -> "Mean":
         return cls(value.astype(jnp.float32), jnp.ones((), jnp.float32))
 
 

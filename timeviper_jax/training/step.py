@@ -1,4 +1,4 @@
-"""One step of training: microbatches, their gradient, one update.
+"""One step of training: microbatches, their gradient, one update, if it is a good one.
 
 Only the parameters that move are differentiated and have optimizer state; the frozen
 ones are an argument of their own, and what an objective does not read is not even
@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from timeviper_jax import sharding
+from timeviper_jax.training import guard
 from timeviper_jax.training.metrics import Mean, Means
 from timeviper_jax.training.parameters import Params, merge
 
@@ -26,28 +27,39 @@ Adapt = Callable[[Params], Params]
 
 
 class TrainState(NamedTuple):
-    """What a step changes: the parameters that move, the optimizer's memory of them."""
+    """What a step changes: the parameters that move, the optimizer's memory of them.
 
-    step: Int[Array, ""]  # Of the stage.
+    `step` counts the stage's batches, also those whose update was skipped; the
+    optimizer's own counts (its schedule's among them) only the updates made.
+    """
+
+    step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
+    guard: guard.GuardState
 
 
 def create_state(
-    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    guard_config: guard.GuardConfig = guard.FINITE,
 ) -> tuple[TrainState, TrainState]:
     """The state before the first step, and the sharding of every part of it."""
+    whole = NamedSharding(mesh, P())
     places = TrainState(
-        step=NamedSharding(mesh, P()),
+        step=whole,
         params=sharding.shard_params(params, mesh),
         opt_state=sharding.shard_like_params(
             jax.eval_shape(optimizer.init, params), params, mesh
         ),
+        guard=guard.GuardState(losses=whole, in_row=whole),
     )
     state = TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), places.step),
+        step=jax.device_put(jnp.zeros((), jnp.int32), whole),
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
+        guard=jax.device_put(guard.init(guard_config), whole),
     )
     return state, places
 
@@ -59,12 +71,15 @@ def make_train_step(
     *,
     accumulate: int = 1,
     adapt: Adapt = lambda params: params,
+    guard_config: guard.GuardConfig = guard.FINITE,
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Means]]:
     """Returns `step(state, frozen, batch) -> (state, means)`, not yet compiled.
 
     The batch goes through in `accumulate` parts, one after the other; loss and
     gradient are those of the whole batch at once, each target counting the same.
-    `adapt` makes the model's parameters of those that are kept, such as LoRA's.
+    `adapt` makes the model's parameters of those that are kept, such as LoRA's. What
+    the guard turns down leaves parameters and optimizer as they were, bit for bit, and
+    weighs nothing in the means; "skipped" says so, "skipped_in_row" how often.
     """
 
     def train_step(state, frozen, batch):
@@ -78,11 +93,20 @@ def make_train_step(
         count = jnp.maximum(means["loss"].count, 1)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        means["grad_norm"] = Mean.single(optax.tree.norm(grads))
+        grad_norm = optax.tree.norm(grads)
+        loss = means["loss"].total / count
+        good, guarded = guard.judge(state.guard, loss, grad_norm, guard_config)
+        keep = lambda new, old: jnp.where(good, new, old)
+        means["grad_norm"] = Mean.single(grad_norm)
+        means = jax.tree.map(lambda part: jnp.where(good, part, 0), means)
+        means["skipped"] = Mean.single(~good)
+        means["skipped_in_row"] = Mean.single(guarded.in_row)
+        params = optax.apply_updates(state.params, updates)
         state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            guard=guarded,
         )
         return state, means
 
