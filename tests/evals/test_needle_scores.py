@@ -5,7 +5,7 @@ import pytest
 
 from timeviper_jax.evals import report
 from timeviper_jax.evals.base import Question, Record
-from timeviper_jax.evals.needles import NeedleBenchmark, parse_span, span_overlap
+from timeviper_jax.evals.needles import NeedleBenchmark
 
 
 def question(kind: str, answer: str) -> Question:
@@ -30,33 +30,6 @@ def record(number: int, video: int, score: float, kind: str = "mcq", frames: int
         given="A",
         scores={"mIoU" if kind == "when" else "accuracy": score},
     )
-
-
-@pytest.mark.parametrize(
-    "text, span",
-    [
-        ("00012 to 00017", (12, 17)),
-        ("from 1 to 2, or rather 3.5 to 4", (3.5, 4)),
-        ("at 12", None),
-        ("", None),
-    ],
-)
-def test_the_last_span_of_an_answer_counts(text, span):
-    assert parse_span(text) == span
-
-
-@pytest.mark.parametrize(
-    "one, other, overlap",
-    [
-        ((0.0, 10.0), (0.0, 10.0), 1),
-        ((0.0, 10.0), (5.0, 15.0), 1 / 3),
-        ((0.0, 5.0), (5.0, 10.0), 0),
-        ((9.0, 3.0), (3.0, 9.0), 0),
-        (None, (3.0, 9.0), 0),
-    ],
-)
-def test_overlap_is_intersection_over_union(one, other, overlap):
-    assert span_overlap(one, other) == pytest.approx(overlap)
 
 
 def test_moments_are_graded_and_the_rest_is_right_or_wrong():

@@ -6,7 +6,6 @@ named overlaps the true one.
 
 import dataclasses
 import pathlib
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from timeviper_jax.data import manifest
 from timeviper_jax.data.manifest import Item
 from timeviper_jax.data.needle_questions import KINDS
 from timeviper_jax.evals.base import Question
+from timeviper_jax.evals.spans import parse_span, span_overlap
 
 FRAMES = (32, 512, 2048, 10_240)
 OVERLAPS = (0.3, 0.5, 0.7)
@@ -79,23 +79,3 @@ def _question(item: Item) -> Question:
         answer="".join(answer.content),
         notes=dict(item.notes),
     )
-
-
-def parse_span(text: str) -> tuple[float, float] | None:
-    """The last "a to b" in a text, if it has any."""
-    number = r"(\d+(?:\.\d+)?)"
-    spans = re.findall(rf"{number}\s*to\s*{number}", text)
-    if not spans:
-        return None
-    start, end = spans[-1]
-    return float(start), float(end)
-
-
-def span_overlap(
-    one: tuple[float, float] | None, other: tuple[float, float] | None
-) -> float:
-    """Intersection over union; nothing overlaps a span that is missing or reversed."""
-    if one is None or other is None or one[1] <= one[0] or other[1] <= other[0]:
-        return 0.0
-    shared = min(one[1], other[1]) - max(one[0], other[0])
-    return max(0.0, shared) / (max(one[1], other[1]) - min(one[0], other[0]))
