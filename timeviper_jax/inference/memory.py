@@ -5,14 +5,17 @@ A value: asking takes a copy of the rows it needs and leaves the memory as it wa
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from timeviper_jax.inference.held import Held
-from timeviper_jax.layers.cache import Cache, Slots
+from timeviper_jax.inference.selection import Spread
+from timeviper_jax.inference.source import Tokens
+from timeviper_jax.layers.cache import Cache, KVCache, Slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,31 +40,60 @@ class Stretch:
                 " wanted; watch with a larger text_room."
             )
 
+    def grown(self, capacity: int) -> "Stretch":
+        """A larger one with the same content; this one's slots are given away."""
+        caches = tuple(_grown(cache, capacity) for cache in self.caches)
+        return dataclasses.replace(self, caches=caches, capacity=capacity)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DroppedKV:
-    """Keys and values, for a stage's transfer, of the tokens it dropped."""
+    """Keys and values, for a stage's transfer, of the tokens it dropped so far."""
 
     k: Float[Array, "B R K H"]
     v: Float[Array, "B R K H"]
-    valid: Bool[Array, "B R"]
-    used: Int[Array, ""]
+    counts: Int[Any, "B"]  # On the host between programs.
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[1]
+
+    def grown(self, capacity: int) -> "DroppedKV":
+        """A larger one with the same content; this one's arrays are given away."""
+        k, v = (_longer(z, axis=1, length=capacity) for z in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Passage:
+    """What a stage of TransV has let through and dropped so far.
+
+    `waiting` are tokens that it kept, too few yet for a chunk through the next stretch.
+    """
+
+    spread: Spread
+    seen: Int[np.ndarray, "B"]  # Vision tokens, kept or not.
+    waiting: Float[Array, "B C D"]
+    roles: Int[np.ndarray, "B C"]
+    dropped: DroppedKV | None  # None where nothing is transferred.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
     """Videos, one a row, as far as the layers could read them without a question.
 
-    `dropped[i]` is for stage i, None where it has no transfer. `held` is the residual
-    before the first stage that ranks by attention, which waits for a question; the
-    stretches after it are not there yet. `asked` says that a first question was read
-    and remembered: what it selected stays, and later turns are only text.
+    Between each stretch and the next is a passage. `held` is the residual before the
+    first stage that waits for a question; the stretches after it are not there yet.
+    `unread` are tokens too few for a chunk through the first stretch. `asked` says that
+    a first question was read and remembered: what it selected stays, and later turns
+    are only text.
     """
 
     stretches: tuple[Stretch, ...]
-    dropped: tuple[DroppedKV | None, ...]
+    passages: tuple[Passage, ...]
     held: Held | None
+    unread: Tokens | None
     vision_counts: Int[np.ndarray, "B"]  # Before any stage.
     asked: bool = False
 
@@ -72,9 +104,56 @@ class Memory:
     @property
     def num_bytes(self) -> int:
         """What the videos cost to keep."""
-        arrays = jax.tree.leaves([[s.caches for s in self.stretches], self.dropped])
-        held = self.held.x.nbytes if self.held else 0
-        return sum(array.nbytes for array in arrays) + held
+        return sum(self.parts().values())
+
+    def parts(self, *, filled: bool = False) -> dict[str, int]:
+        """Bytes of each part, which grow with the video, all but the states.
+
+        Caches are larger than what is in them; `filled` counts that alone.
+        """
+        parts = dict(attention=0, transfer=0, residual=0, states=0)
+        for stretch in self.stretches:
+            share = stretch.used / stretch.capacity if stretch.capacity else 0
+            for cache in stretch.caches:
+                slots = _bytes((cache.attention, cache.slots))
+                parts["attention"] += int(share * slots) if filled else slots
+                parts["states"] += _bytes(cache.mamba)
+        for passage in self.passages:
+            parts["states"] += _bytes(passage.waiting)
+            if passage.dropped:
+                kv = (passage.dropped.k, passage.dropped.v)
+                share = passage.dropped.counts.mean() / passage.dropped.capacity
+                parts["transfer"] += int((share if filled else 1) * _bytes(kv))
+        if self.held:
+            parts["residual"] = self.held.num_bytes
+        return parts
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(tree))
+
+
+def _grown(cache: Cache, capacity: int) -> Cache:
+    attention, slots = cache.attention, cache.slots
+    return dataclasses.replace(
+        cache,
+        attention=KVCache(
+            k=_longer(attention.k, axis=2, length=capacity),
+            v=_longer(attention.v, axis=2, length=capacity),
+        ),
+        slots=dataclasses.replace(
+            slots, valid=_longer(slots.valid, axis=1, length=capacity)
+        ),
+    )
+
+
+def _longer(z: Array, *, axis: int, length: int) -> Array:
+    """Zeros after the end of an axis; the array itself is freed at once."""
+    widths = [(0, 0)] * z.ndim
+    widths[axis] = (0, length - z.shape[axis])
+    longer = jax.block_until_ready(jnp.pad(z, widths))
+    z.delete()
+    return longer
 
 
 @jax.jit
@@ -93,10 +172,21 @@ def _take_cache(cache: Cache, rows: Int[Array, "R"]) -> Cache:
 
 
 @jax.jit
-def take_dropped(dropped: DroppedKV, rows: Int[Array, "R"]) -> DroppedKV:
-    """The rows of dropped tokens, each as often as it is named."""
-    return dataclasses.replace(
-        dropped, k=dropped.k[rows], v=dropped.v[rows], valid=dropped.valid[rows]
+def _take(arrays: Any, rows: Int[Array, "R"]) -> Any:
+    return jax.tree.map(lambda z: z[rows], arrays)
+
+
+def _take_passage(passage: Passage, rows: Int[np.ndarray, "R"]) -> Passage:
+    spread, dropped = passage.spread, passage.dropped
+    if dropped:
+        k, v = _take((dropped.k, dropped.v), rows)
+        dropped = DroppedKV(k=k, v=v, counts=dropped.counts[rows])
+    return Passage(
+        spread=Spread(present=spread.present[rows], kept=spread.kept[rows]),
+        seen=passage.seen[rows],
+        waiting=_take(passage.waiting, rows),
+        roles=passage.roles[rows],
+        dropped=dropped,
     )
 
 
@@ -109,7 +199,8 @@ def take(memory: Memory, rows: Sequence[int]) -> Memory:
             dataclasses.replace(s, caches=take_caches(s.caches, index))
             for s in memory.stretches
         ),
-        dropped=tuple(d and take_dropped(d, index) for d in memory.dropped),
+        passages=tuple(_take_passage(passage, index) for passage in memory.passages),
         held=memory.held and memory.held.take(rows),
+        unread=memory.unread and memory.unread.take(rows),
         vision_counts=memory.vision_counts[index],
     )

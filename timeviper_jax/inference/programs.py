@@ -1,8 +1,9 @@
 """The compiled parts of inference: few programs, which serve every length.
 
 A program is compiled for the rows and tokens of one call and for the capacity of its
-cache. Models that differ only in TransV share all of them, because a stretch of layers
-does not know what happens between stretches.
+cache. What a stage of TransV keeps and drops does not leave the device for that. Models
+that differ only in TransV share all programs, because a stretch of layers does not know
+what happens between stretches.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from timeviper_jax.inference.sampling import Decoding, sample
 from timeviper_jax.layers.cache import Cache
 from timeviper_jax.layers.layout import Layout
 from timeviper_jax.llm.hybrid import HybridConfig
+from timeviper_jax.llm.stream import take
 from timeviper_jax.llm.transv import Transfer
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig, with_stages
 
@@ -184,13 +186,33 @@ def _write(
     return jax.lax.while_loop(unfinished, one_token, answers)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def project_dropped(
-    graph: nnx.GraphDef, params: nnx.State, x: Float[Array, "B T D"]
-) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Keys and values of dropped tokens."""
+@jax.jit
+def regroup(
+    waiting: Float[Array, "B C D"], x: Float[Array, "B C D"], index: Int[Array, "B C"]
+) -> Float[Array, "B C D"]:
+    """A chunk out of what waits and what is new, counted on from it."""
+    return take(jnp.concatenate([waiting, x], axis=1), index)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
+def drop(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    x: Float[Array, "B C D"],
+    index: Int[Array, "B C"],
+    counts: Int[Array, "B"],
+    k: Float[Array, "B R K H"],
+    v: Float[Array, "B R K H"],
+) -> tuple[Float[Array, "B R K H"], Float[Array, "B R K H"]]:
+    """Keys and values with those of the tokens at `index` behind the first `counts`.
+
+    All C are written, how few of them there may be; the next ones go over the rest.
+    """
     module: Transfer = nnx.merge(graph, params)
-    return module.k(x), module.v(x)
+    gone = take(x, index)
+    put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    new_k, new_v = module.k(gone).astype(k.dtype), module.v(gone).astype(v.dtype)
+    return put(k, new_k, counts), put(v, new_v, counts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -203,13 +225,13 @@ def transfer(
 ) -> Float[Array, "B T D"]:
     """`text` after its receiving tokens have read what a stage dropped."""
     module: Transfer = nnx.merge(graph, params)
-    counts = jnp.sum(dropped.valid, axis=1, dtype=jnp.int32)[:, None]
+    counts = dropped.counts[:, None]
     read = attention(
         module.query(text, jnp.broadcast_to(counts, receives.shape)),
         dropped.k,
         dropped.v,
         causal=False,
-        kv_mask=dropped.valid,
-        kv_length=dropped.used,
+        kv_mask=jnp.arange(dropped.capacity) < counts,
+        kv_length=jnp.max(dropped.counts),
     )
     return jnp.where(receives[..., None], module.add(text, read), text)

@@ -5,10 +5,10 @@ work. Each frame is asked for once, in order, and only when its chunk is.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from timeviper_jax.data.examples import Example, Role
 
@@ -21,6 +21,29 @@ class Tokens:
     roles: Int[np.ndarray, "B T"]
     features: Float[np.ndarray, "B T E"]
     times: Float[np.ndarray, "B T"]  # Seconds.
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+    def map(self, f: Callable[[np.ndarray], np.ndarray]) -> "Tokens":
+        """With `f` of each of its arrays."""
+        return Tokens(**{name: f(array) for name, array in vars(self).items()})
+
+    def take(self, rows: Sequence[int]) -> "Tokens":
+        return self.map(lambda array: array[list(rows)])
+
+    def then(self, more: "Tokens") -> "Tokens":
+        """These tokens and, in the same rows, others after them."""
+        return Tokens(
+            **{
+                name: np.concatenate([array, getattr(more, name)], axis=1)
+                for name, array in vars(self).items()
+            }
+        )
+
+    def padded(self, length: int) -> "Tokens":
+        return self.map(lambda array: pad(array, length))
 
 
 def check_features(video: Example, feature_dim: int) -> None:
@@ -87,3 +110,11 @@ class VisionReader:
         self._features = np.concatenate([self._features.reshape(-1, new.shape[1]), new])
         self._times = np.concatenate([self._times, times])
         self._next = here.stop
+
+
+def pad(values: Shaped[np.ndarray, "B T *rest"], length: int) -> np.ndarray:
+    """Zeros after the last token, up to `length`."""
+    missing = length - values.shape[1]
+    if not missing:
+        return values
+    return np.pad(values, [(0, 0), (0, missing)] + [(0, 0)] * (values.ndim - 2))

@@ -7,71 +7,67 @@
 Questions asked of one memory know nothing of each other. `converse` answers too, and
 gives a memory that goes on from there, for a follow-up question.
 
-The language model runs one stretch of layers after another, from each TransV stage to
-the next, over the whole video in chunks of one size that carry the caches: what is held
-between stretches is the residual of the tokens that are still there. The question
-follows the same way, and reads at each stage what was dropped. The result is that of
-one pass. A stage that ranks by attention needs the question's last token, so the
-stretches from there on wait until one is asked.
+The video goes through stretches of layers, from each TransV stage to the next, in
+chunks of one size that carry the caches (`reader.py`). The question follows the same
+way, and reads at each stage what was dropped. The result is that of one pass. A stage
+that ranks by attention needs the question's last token, so the stretches from there on
+wait until one is asked.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from timeviper_jax.data.conversation import EncodedText
 from timeviper_jax.data.examples import Example, Role
-from timeviper_jax.inference import held, memory, programs
-from timeviper_jax.inference.held import Held
-from timeviper_jax.inference.memory import DroppedKV, Memory, Stretch
+from timeviper_jax.inference import memory, programs, selection
+from timeviper_jax.inference.held import host
+from timeviper_jax.inference.memory import DroppedKV, Memory
 from timeviper_jax.inference.programs import Answers
+from timeviper_jax.inference.reader import Reader, ViewerConfig, with_stretch
 from timeviper_jax.inference.sampling import Decoding
-from timeviper_jax.inference.source import check_features, token_chunks
-from timeviper_jax.llm.transv import Stage
+from timeviper_jax.inference.source import check_features, pad, token_chunks
 from timeviper_jax.timeviper import TimeViper
 
-Layers = tuple[int, int]
 OnTokens = Callable[[int, list[int]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ViewerConfig:
-    """The sizes that programs are compiled for; each new one compiles anew.
+class Questions:
+    """Rows of text on its way through the layers, right-padded, on the host."""
 
-    Caches hold `smallest_cache` tokens times a power of `cache_growth`.
-    """
+    x: Shaped[np.ndarray, "B T D"]
+    roles: Int[np.ndarray, "B T"]
 
-    video_rows: int = 1  # Videos watched at once.
-    question_rows: int = 1  # Questions answered at once.
-    chunk: int = 512  # Tokens of a call while watching.
-    text_chunk: int = 64  # Tokens of a call while reading a question.
-    text_room: int = 256  # Slots kept free for a question and its answer.
-    smallest_cache: int = 1024
-    cache_growth: int = 4
+    @property
+    def lengths(self) -> Int[np.ndarray, "B"]:
+        return np.count_nonzero(self.roles, axis=1)
 
-    def capacity(self, tokens: int) -> int:
-        """The cache that holds so many tokens and a question."""
-        capacity = self.smallest_cache
-        while capacity < tokens + self.text_room:
-            capacity *= self.cache_growth
-        return capacity
+    def chunks(self, size: int) -> Iterator["Questions"]:
+        """Consecutive pieces of `size` tokens, the last one padded."""
+        for start in range(0, self.roles.shape[1], size):
+            here = slice(start, start + size)
+            yield Questions(
+                x=pad(self.x[:, here], size), roles=pad(self.roles[:, here], size)
+            )
 
 
 def split_prompt(prompt: EncodedText) -> tuple[EncodedText, EncodedText]:
     """What is watched, up to the last vision token, and what is asked about it."""
     vision = prompt.media_positions
     cut = int(vision[-1]) + 1 if len(vision) else 0
-    fields = ("tokens", "roles", "loss_mask")
-    parts = [
-        {name: getattr(prompt, name)[here] for name in fields}
-        for here in (slice(cut), slice(cut, None))
-    ]
-    return EncodedText(**parts[0]), EncodedText(**parts[1])
+    return text_part(prompt, slice(cut)), text_part(prompt, slice(cut, None))
+
+
+def text_part(text: EncodedText, here: slice) -> EncodedText:
+    """Some of a text's tokens."""
+    return EncodedText(
+        tokens=text.tokens[here], roles=text.roles[here], loss_mask=text.loss_mask[here]
+    )
 
 
 class Viewer:
@@ -79,15 +75,7 @@ class Viewer:
 
     def __init__(self, model: TimeViper, cfg: ViewerConfig):
         self.cfg, self._llm = cfg, model.cfg.llm
-        sizes, self._params = programs.split_transv(model)
-        self._run_on = programs.programs(sizes)
-        self._transfers = [
-            nnx.split(model.llm.transfer_module(i)) if stage.transfer else None
-            for i, stage in enumerate(self._llm.transv)
-        ]
-        self._feature_dim = model.cfg.projector.vision_dim
-
-    # Watching.
+        self.reader = Reader(model, cfg)
 
     def watch(self, videos: Sequence[Example]) -> Memory:
         """Reads videos, up to their last vision token, into a memory of a row each.
@@ -97,184 +85,26 @@ class Viewer:
         `[start:stop]` are given when they are asked for: each once, in order.
         """
         rows = self._rows(len(videos), self.cfg.video_rows, "video_rows")
-        chunks, counts = self._embedded(videos, rows)
-        length = max((len(video.tokens) for video in videos), default=0)
-        first, *_ = self._llm.segments
-        ahead = bool(self._llm.transv)
-        rest, stretch = self._read_all(first, chunks, rows, length, keep=ahead)
-        state = Memory(
-            stretches=(stretch,), dropped=(), held=rest, vision_counts=counts
-        )
-        for stage in self._llm.transv:
-            if stage.select == "attention":
-                return state
-            kept = held.kept_uniform(state.held.roles, counts, stage.keep)
-            state = self._pass_stage(state, kept)
-        return dataclasses.replace(state, held=None)
+        text, vision = np.zeros((2, rows), int)
+        for row, video in enumerate(videos):
+            check_features(video, self.reader.feature_dim)
+            vision[row] = np.count_nonzero(video.roles == Role.VISION)
+            text[row] = len(video.tokens) - vision[row]
+        waits = [stage.select == "attention" for stage in self._llm.transv]
+        state = self.reader.begin(text=text, vision=vision, waits=waits)
+        for tokens in token_chunks(
+            videos,
+            rows=rows,
+            size=self.cfg.chunk,
+            feature_dim=self.reader.feature_dim,
+        ):
+            state = self.reader.push_tokens(state, tokens)
+        return self.reader.finish(state)
 
     def _rows(self, given: int, rows: int, name: str) -> int:
         if given > rows:
             raise ValueError(f"{given} at once, but {name}={rows}; give fewer.")
         return rows
-
-    def _embedded(
-        self, videos: Sequence[Example], rows: int
-    ) -> tuple[Iterator[tuple[jax.Array, np.ndarray]], Int[np.ndarray, "B"]]:
-        """Chunks of (embeddings, roles), and the vision tokens of each row."""
-        counts = np.zeros(rows, int)
-        for row, video in enumerate(videos):
-            counts[row] = np.count_nonzero(video.roles == Role.VISION)
-            check_features(video, self._feature_dim)
-
-        def chunks():
-            for c in token_chunks(
-                videos,
-                rows=rows,
-                size=self.cfg.chunk,
-                feature_dim=self._feature_dim,
-            ):
-                x = self._run_on.embed(
-                    self._params, c.tokens, c.roles, c.features, c.times
-                )
-                yield x, c.roles
-
-        return chunks(), counts
-
-    # Stretches of layers.
-
-    def _read_all(
-        self,
-        layers: Layers,
-        chunks: Iterable[tuple[jax.typing.ArrayLike, np.ndarray]],
-        rows: int,
-        length: int,
-        *,
-        keep: bool,
-    ) -> tuple[Held | None, Stretch]:
-        """Whole rows through a stretch from an empty cache; their residual if kept."""
-        whole = length + -length % self.cfg.chunk
-        capacity = self.cfg.capacity(whole)
-        if not any(kind == "attention" for kind, _ in self._llm.layers[slice(*layers)]):
-            capacity = None
-        slots = capacity or max(self.cfg.chunk, self.cfg.text_chunk)
-        stretch = Stretch(
-            layers=layers,
-            caches=self._run_on.init(self._params, layers, rows, slots),
-            used=0,
-            capacity=capacity,
-        )
-        outputs, roles = [], []
-        for x, chunk_roles in chunks:
-            x, stretch = self._read(x, chunk_roles, stretch)
-            if keep:
-                outputs.append(x)
-                roles.append(chunk_roles)
-        if not keep:
-            return None, stretch
-        if not outputs:
-            D = self._llm.embed_dim
-            empty = np.zeros((rows, 0), np.int32)
-            return Held(x=np.zeros((rows, 0, D), np.float32), roles=empty), stretch
-        return _join(outputs, roles), stretch
-
-    def _read(
-        self, x: jax.typing.ArrayLike, roles: Int[np.ndarray, "B T"], stretch: Stretch
-    ) -> tuple[Float[Array, "B T D"], Stretch]:
-        """One chunk through a stretch."""
-        stretch.check_room(roles.shape[1])
-        segment_ids = (roles != Role.PAD).astype(np.int32)
-        x, caches = self._run_on.run(
-            self._params, x, segment_ids, stretch.caches, stretch.layers
-        )
-        used = stretch.used + roles.shape[1]
-        return x, dataclasses.replace(stretch, caches=caches, used=used)
-
-    # Stages of TransV.
-
-    def _pass_stage(self, state: Memory, kept: np.ndarray) -> Memory:
-        """The memory after the next stage and the stretch of layers behind it."""
-        number = len(state.dropped)
-        rest, gone = held.split(state.held, kept)
-        dropped = self._dropped(number, gone)
-        layers = self._llm.segments[number + 1]
-        more = number + 1 < len(self._llm.transv)
-        chunks = ((c.x, c.roles) for c in rest.chunks(self.cfg.chunk))
-        rows, length = rest.roles.shape
-        rest, stretch = self._read_all(layers, chunks, rows, length, keep=more)
-        return dataclasses.replace(
-            state,
-            stretches=(*state.stretches, stretch),
-            dropped=(*state.dropped, dropped),
-            held=rest,
-        )
-
-    def _dropped(self, number: int, gone: Held) -> DroppedKV | None:
-        """What a stage's transfer will read of the dropped tokens."""
-        if self._transfers[number] is None:
-            return None
-        used = gone.roles.shape[1]
-        capacity = self.cfg.capacity(used)
-        shape = (len(gone.roles), capacity, self._llm.num_kv_heads, self._llm.head_dim)
-        k, v = np.zeros((2, *shape), jnp.dtype(self._llm.dtype))
-        for i, chunk in enumerate(gone.chunks(self.cfg.chunk)):
-            parts = programs.project_dropped(*self._transfers[number], chunk.x)
-            here = slice(i * self.cfg.chunk, (i + 1) * self.cfg.chunk)
-            k[:, here], v[:, here] = (
-                part[:, : capacity - here.start] for part in map(np.asarray, parts)
-            )
-        return DroppedKV(
-            k=jnp.asarray(k),
-            v=jnp.asarray(v),
-            valid=jnp.asarray(held.pad(gone.roles != Role.PAD, capacity)),
-            used=jnp.asarray(used, jnp.int32),
-        )
-
-    def _rank(self, stage: Stage, state: Memory, question: Held) -> np.ndarray:
-        """Which tokens stay by what the last instruction token attends to."""
-        at = _asking(question.roles)
-        asking = np.take_along_axis(question.x, at[:, None, None], axis=1)[:, 0]
-        counts = state.held.lengths + at + 1
-        logits = [
-            np.asarray(
-                self._run_on.rank(self._params, c.x, asking, counts, stage.layer)
-            )
-            for part in (state.held, question)
-            for c in part.chunks(self.cfg.chunk)
-        ]
-        T, U = state.held.roles.shape[1], question.roles.shape[1]
-        before = -(-T // self.cfg.chunk) * self.cfg.chunk
-        logits = np.concatenate(logits, axis=2)
-        logits = np.concatenate(
-            [logits[:, :, :T], logits[:, :, before : before + U]], axis=2
-        )
-        visible = np.concatenate(
-            [state.held.roles != Role.PAD, np.arange(U) <= at[:, None]], axis=1
-        )
-        scores = held.mean_attention(logits, visible)[:, :T]
-        return held.kept_best(state.held.roles, state.vision_counts, stage.keep, scores)
-
-    def _transfer(self, number: int, question: Held, dropped: DroppedKV | None) -> Held:
-        """The question after it has read what a stage dropped."""
-        if dropped is None:
-            return question
-        receives = question.roles == Role.INSTRUCTION
-        if self._llm.transv[number].transfer_to == "all_text":
-            receives = question.roles != Role.PAD
-        if not receives.any():
-            return question
-        size = self.cfg.text_chunk
-        parts = [
-            programs.transfer(
-                *self._transfers[number],
-                question.x[:, start : start + size],
-                receives[:, start : start + size],
-                dropped,
-            )
-            for start in range(0, question.roles.shape[1], size)
-        ]
-        return dataclasses.replace(
-            question, x=np.concatenate(jax.device_get(parts), axis=1)
-        )
 
     # Asking.
 
@@ -347,7 +177,7 @@ class Viewer:
         for start in range(0, len(questions), self.cfg.question_rows):
             here = slice(start, start + self.cfg.question_rows)
             _, hidden = self._read_questions(memory_, questions[here], rows[here])
-            some = self._run_on.head(self._params, hidden)
+            some = self.reader.run_on.head(self.reader.params, hidden)
             logits.append(np.asarray(some)[: len(questions[here])])
         return np.concatenate(logits)
 
@@ -384,7 +214,7 @@ class Viewer:
     ) -> tuple[Memory, Float[np.ndarray, "B D"]]:
         """A copy of the memory that has read questions, and their last residuals."""
         spare = self.cfg.question_rows - len(questions)
-        state = memory.take(memory_, [*rows, *[0] * spare])
+        state = self.reader.finish(memory.take(memory_, [*rows, *[0] * spare]))
         question = self._embed_questions(questions)
         if memory_.asked:
             later = np.where(question.roles == Role.PAD, Role.PAD, Role.TEXT)
@@ -393,7 +223,7 @@ class Viewer:
         last = np.maximum(question.lengths - 1, 0)
         return state, question.x[np.arange(len(last)), last]
 
-    def _embed_questions(self, questions: Sequence[EncodedText]) -> Held:
+    def _embed_questions(self, questions: Sequence[EncodedText]) -> Questions:
         size = self.cfg.text_chunk
         shortest = min(len(question.tokens) for question in questions)
         if not shortest:
@@ -405,34 +235,82 @@ class Viewer:
             tokens[row, : len(question.tokens)] = question.tokens
             roles[row, : len(question.roles)] = question.roles
         parts = [
-            self._run_on.embed_text(self._params, tokens[:, start : start + size])
+            self.reader.run_on.embed_text(
+                self.reader.params, tokens[:, start : start + size]
+            )
             for start in range(0, length, size)
         ]
-        return Held(x=np.concatenate(jax.device_get(parts), axis=1), roles=roles)
+        return Questions(x=host(parts), roles=roles)
 
-    def _pass_question(self, state: Memory, question: Held) -> tuple[Memory, Held]:
+    def _pass_question(
+        self, state: Memory, question: Questions
+    ) -> tuple[Memory, Questions]:
         """The question through all layers, and the state behind its last token."""
-        stretches = []
-        for i in range(len(self._llm.segments)):
-            if i:
-                if i > len(state.dropped):
-                    stage = self._llm.transv[i - 1]
-                    if stage.select == "attention":
-                        kept = self._rank(stage, state, question)
-                    else:
-                        kept = held.kept_uniform(
-                            state.held.roles, state.vision_counts, stage.keep
-                        )
-                    state = self._pass_stage(state, kept)
-                question = self._transfer(i - 1, question, state.dropped[i - 1])
-            outputs, stretch = [], state.stretches[i]
+        for number in range(len(self._llm.segments)):
+            if number:
+                if number > len(state.passages):
+                    kept = self._rank(number - 1, state, question)
+                    state = self.reader.release(state, kept)
+                dropped = state.passages[number - 1].dropped
+                question = self._transfer(number - 1, question, dropped)
+            outputs, stretch = [], state.stretches[number]
             for chunk in question.chunks(self.cfg.text_chunk):
-                x, stretch = self._read(chunk.x, chunk.roles, stretch)
+                x, stretch = self.reader.read(chunk.x, chunk.roles, stretch)
                 outputs.append(x)
-            stretches.append(stretch)
-            x = np.concatenate(jax.device_get(outputs), axis=1)
-            question = dataclasses.replace(question, x=x)
-        return dataclasses.replace(state, stretches=tuple(stretches)), question
+            state = with_stretch(state, number, stretch)
+            question = dataclasses.replace(question, x=host(outputs))
+        return state, question
+
+    def _rank(
+        self, number: int, state: Memory, question: Questions
+    ) -> Bool[np.ndarray, "B T"] | None:
+        """Which tokens stay by what the last instruction token attends to."""
+        stage = self._llm.transv[number]
+        if stage.select != "attention":
+            return None
+        held, at = state.held, selection.ranking_position(question.roles)
+        asking = np.take_along_axis(question.x, at[:, None, None], axis=1)[:, 0]
+        roles, U = held.roles, question.roles.shape[1]
+        counts = np.count_nonzero(roles, axis=1) + at + 1
+        pieces = question.chunks(self.cfg.chunk)
+        logits = [
+            np.asarray(
+                self.reader.run_on.rank(
+                    self.reader.params, x, asking, counts, stage.layer
+                )
+            )
+            for x in (*(x for x, _ in held), *(piece.x for piece in pieces))
+        ]
+        T = roles.shape[1]
+        logits = np.concatenate(logits, axis=2)[:, :, : T + U]
+        visible = np.concatenate(
+            [roles != Role.PAD, np.arange(U) <= at[:, None]], axis=1
+        )
+        scores = selection.mean_attention(logits, visible)[:, :T]
+        return selection.kept_best(roles, state.vision_counts, stage.keep, scores)
+
+    def _transfer(
+        self, number: int, question: Questions, dropped: DroppedKV | None
+    ) -> Questions:
+        """The question after it has read what a stage dropped."""
+        if dropped is None:
+            return question
+        receives = question.roles == Role.INSTRUCTION
+        if self._llm.transv[number].transfer_to == "all_text":
+            receives = question.roles != Role.PAD
+        if not receives.any():
+            return question
+        size = self.cfg.text_chunk
+        parts = [
+            programs.transfer(
+                *self.reader.transfers[number],
+                question.x[:, start : start + size],
+                receives[:, start : start + size],
+                dropped,
+            )
+            for start in range(0, question.roles.shape[1], size)
+        ]
+        return dataclasses.replace(question, x=host(parts))
 
     def _write(
         self,
@@ -445,8 +323,8 @@ class Viewer:
         texts: list[list[int]] = [[] for _ in range(count)]
         written, step = 0, 1 if on_tokens else decoding.max_tokens
         while written < decoding.max_tokens:
-            answers = self._run_on.write(
-                self._params,
+            answers = self.reader.run_on.write(
+                self.reader.params,
                 answers,
                 jnp.asarray(written + step, jnp.int32),
                 self._llm.segments,
@@ -463,22 +341,3 @@ class Viewer:
             if done.all():
                 break
         return texts, answers
-
-
-def _join(outputs: Sequence[jax.Array], roles: Sequence[np.ndarray]) -> Held:
-    return Held(
-        x=np.concatenate(jax.device_get(list(outputs)), axis=1),
-        roles=np.concatenate(list(roles), axis=1),
-    )
-
-
-def _asking(roles: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B"]:
-    """Where each question's ranking token stands: the last of its instruction.
-
-    Without any it is the last before the answer.
-    """
-    index = np.arange(roles.shape[1])
-    other = (roles != Role.PAD) & (roles != Role.ANSWER)
-    order = np.where(other, index, -1)
-    order = np.where(roles == Role.INSTRUCTION, index + roles.shape[1], order)
-    return np.argmax(order, axis=1)
