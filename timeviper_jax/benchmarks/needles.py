@@ -54,7 +54,7 @@ def steps(args: argparse.Namespace) -> Iterator[Step]:
     yield _train("base", "a model that answers", CONFIG, base, args, args.seed)
     runs = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
     for arm, seed in runs:
-        name = _run_name(arm, seed)
+        name = run_name(arm, seed)
         yield _train(
             *(f"train {name}", f"the arm {arm}", f"{CONFIG}:arm={arm}", work / name),
             *(args, args.seed + seed, f"--config.init_from={base}"),
@@ -74,7 +74,7 @@ def steps(args: argparse.Namespace) -> Iterator[Step]:
     yield _ask(args)
 
 
-def _run_name(arm: str, seed: int) -> str:
+def run_name(arm: str, seed: int) -> str:
     return arm if seed == 0 else f"{arm}_{seed}"
 
 
@@ -105,7 +105,7 @@ def _train(
 
 
 def _evaluate(arm: str, seed: int, args: argparse.Namespace) -> Step:
-    name = _run_name(arm, seed)
+    name = run_name(arm, seed)
     return Step(
         name=f"evaluate {name}",
         says="answers to the held-out questions, scored",

@@ -57,12 +57,7 @@ class NeedleBenchmark:
         return [items[i] for i in index]
 
     def score(self, question: Question, given: str) -> dict[str, float]:
-        """Accuracy, or for "when" the overlap and whether it passes each threshold."""
-        if question.kind != "when":
-            return {"accuracy": float(given.strip() == question.answer)}
-        overlap = span_overlap(parse_span(given), parse_span(question.answer))
-        recall = {f"R@1 {low}": float(overlap >= low) for low in OVERLAPS}
-        return {"mIoU": overlap, **recall}
+        return grade(question, given)
 
 
 def _question(item: Item) -> Question:
@@ -79,3 +74,12 @@ def _question(item: Item) -> Question:
         answer="".join(answer.content),
         notes=dict(item.notes),
     )
+
+
+def grade(question: Question, given: str) -> dict[str, float]:
+    """Accuracy, or for "when" the overlap and whether it passes each threshold."""
+    if question.kind != "when":
+        return {"accuracy": float(given.strip() == question.answer)}
+    overlap = span_overlap(parse_span(given), parse_span(question.answer))
+    recall = {f"R@1 {low}": float(overlap >= low) for low in OVERLAPS}
+    return {"mIoU": overlap, **recall}

@@ -34,10 +34,12 @@ def run(
     features: Features | None = None,
     sizes: ViewerConfig = SIZES,
     max_tokens: int = 24,
+    quiet: bool = False,
 ) -> list[Record]:
     """Every question of the benchmark, answered and scored.
 
     `features` stand in for the run's own, which the videos must have: see `controls`.
+    `quiet` leaves progress to the caller.
     """
     viewer = Viewer(run_.model, sizes)
     features = features or stored(run_)
@@ -45,7 +47,9 @@ def run(
     decoding = Decoding(max_tokens=max_tokens, stop_ids=stops)
     questions = benchmark.questions()
     records = []
-    with tqdm(total=len(questions), desc=run_.compression, unit="question") as bar:
+    with tqdm(
+        total=len(questions), desc=run_.compression, unit="question", disable=quiet
+    ) as bar:
         for group in _groups(questions, sizes.video_rows):
             asked = [q for same_video in group for q in same_video]
             prompts = {q.id: _prompt(run_, q) for q in asked}
