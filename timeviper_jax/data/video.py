@@ -279,8 +279,8 @@ class _Reader:
         shown, converted = None, None
         coming: tuple[int, av.VideoFrame] | None = next(stamps, None)
         for target in self._targets(times):
-            if coming is not None and (key := self._key_ahead(coming[0], target)):
-                stamps, coming = self._seek(key, target)
+            if coming is not None and self._seek_pays(coming[0], target):
+                stamps, coming = self._seek(target)
                 shown, converted = None, None
             while coming is not None and coming[0] <= target:
                 shown, converted = coming[1], None
@@ -332,22 +332,22 @@ class _Reader:
             raise VideoError(f"{self._path}: {_NO_TIMESTAMPS}")
         return frame.pts
 
-    def _key_ahead(self, here: int, target: int) -> int | None:
-        """Where to seek on the way from `here` to `target`, if that saves work."""
+    def _seek_pays(self, here: int, target: int) -> bool:
+        """Whether a key frame lies so far on from `here` that seeking saves work."""
         worth = _SEEK_FRAMES * self._frame_ticks
         if target - here <= worth or self._numbered:
-            return None
+            return False
         if self._has_index:
             entries = self._stream.index_entries
             key = entries[entries.search_timestamp(target)].timestamp
-            return key if key - here > worth else None
-        return target if target - here > self._ticks(_GOP_SECONDS) else None
+            return key - here > worth
+        return target - here > self._ticks(_GOP_SECONDS)
 
     def _seek(
-        self, key: int, target: int
+        self, target: int
     ) -> tuple[Iterator[tuple[int, av.VideoFrame]], tuple[int, av.VideoFrame] | None]:
         """Decodes from the last key frame that is on screen by `target`."""
-        step = _SEEK_FRAMES * self._frame_ticks
+        key, step = target, _SEEK_FRAMES * self._frame_ticks
         while True:
             self._container.seek(max(key, self._origin), stream=self._stream)
             self._decoded = 0
@@ -356,7 +356,7 @@ class _Reader:
             coming = next((s for s in stamps if s[1].key_frame), None)
             if (coming and coming[0] <= target) or key <= self._origin:
                 return stamps, coming
-            # Indices hold decoding times: the key frame may be shown after `target`.
+            # Where an index holds decoding times, its key frame may be shown later.
             key, step = key - step, 2 * step
 
     def _convert(self, frame: av.VideoFrame, fit: Fit) -> np.ndarray:
