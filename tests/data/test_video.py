@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.data.conftest import draw, read
+from timeviper_jax.data import video
 from timeviper_jax.data.video import (
     VideoError,
     fps_times,
@@ -75,6 +76,30 @@ def test_seeking_and_decoding_straight_on_agree(film, x264):
             index = np.arange(first, 250, step)
             sought = read_frames(path, (index + 0.5) / 8, 64)
             np.testing.assert_array_equal(sought, straight[index])
+
+
+@pytest.mark.parametrize("step", [1, 5, 60])
+def test_threads_decode_the_same_frames(film, step):
+    path = film("threads.mp4", 250, fps=8, gop=20)
+    times = (np.arange(0, 250, step) + 0.5) / 8
+    got = np.stack(list(iter_frames(path, times, 64, threads=3)))
+    assert read(got) == list(range(0, 250, step))
+
+
+def test_a_sought_frame_costs_no_more_than_the_frames_since_its_key_frame(
+    film, monkeypatch
+):
+    decoded = []
+    whole = video._Reader._decode_packets
+    monkeypatch.setattr(
+        video._Reader,
+        "_decode_packets",
+        lambda self: (decoded.append(len(f[0])) or f for f in whole(self)),
+    )
+    path = film("far.mp4", 200, fps=8, gop=50, options={"x264-params": "bframes=3"})
+    times = (np.array([3, 101, 152]) + 0.5) / 8  # Next to key frames 0, 100 and 150.
+    assert read(read_frames(path, times, 64)) == [3, 101, 152]
+    assert sum(decoded) < 3 * 12
 
 
 def test_a_start_of_a_frame_belongs_to_that_frame(film):
@@ -149,6 +174,8 @@ def test_a_truncated_file_is_an_error(film, tmp_path, share):
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(VideoError, match=r"of 96 frames|not a video") as error:
         _all_frames(path)
+    with pytest.raises(VideoError, match=r"of 96 frames|not a video"):
+        list(iter_frames(path, np.arange(0.1, 24, 0.25), 64, threads=2))
     _assert_one_clear_line(error, path)
 
 
