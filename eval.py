@@ -3,29 +3,29 @@ r"""Scores a trained TimeViper on the needle questions, or asks it about a video
 python eval.py --workdir runs/needles --data data/needles
 python eval.py --workdir runs/needles --data data/needles --frames 32,512 --kinds when
 python eval.py --workdir runs/needles --video holiday.mp4 --ask "When is the cat shown?"
+python eval.py --workdir runs/needles --video holiday.mp4 --interactive
 
 Scores go to the run's directory: `eval/results.json`, `eval/records.json` (every
 answer) and `eval/needles.png`. A video is any file that PyAV opens, an image, or a
-folder of images; it is watched once, whatever the number of questions, and its encoded
-frames are kept for the next time.
+folder of images; it is watched once, whatever the number of questions, while it is
+being decoded, and its encoded frames are kept for the next time (docs/long_video.md).
 """
 
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 
-from timeviper_jax.data.conversation import Media, Turn, encode_prompt
-from timeviper_jax.data.examples import Example
 from timeviper_jax.data.needle_questions import KINDS
+from timeviper_jax.data.tokenizer import Tokenizer
 from timeviper_jax.data.video import VideoError
 from timeviper_jax.evals import report, run, runner
 from timeviper_jax.evals.needles import FRAMES, NeedleBenchmark
+from timeviper_jax.evals.watched import Asking, Watched, watch
 from timeviper_jax.inference.sampling import Decoding
-from timeviper_jax.inference.viewer import Viewer, ViewerConfig, split_prompt
 
 
 class Answer:
@@ -52,7 +52,7 @@ class Answer:
 
 
 def ask(values: flags.FlagValues) -> None:
-    """Answers the questions about one video, word by word."""
+    """Answers questions about one video, word by word."""
     if values.truth and len(values.truth) != len(values.ask):
         raise ValueError(
             f"{len(values.truth)} --truth for {len(values.ask)} --ask; give each one."
@@ -61,56 +61,56 @@ def ask(values: flags.FlagValues) -> None:
         raise ValueError(f"The question {empty[0]!r} is empty; ask something.")
     times = run.watch_times(values.video, values.max_frames)
     run_ = run.load(values.workdir)
-    features = run.encode_file(run_, values.video, times)
-    prompts = [
-        encode_prompt(
-            [Turn("user", (Media(len(times)), question))],
-            run_.tokenizer,
-            run_.template,
-            tokens_per_frame=run_.model.cfg.tokens_per_frame,
-            answer_prefix=values.answer_prefix,
-        )
-        for question in values.ask
-    ]
-    before, _ = split_prompt(prompts[0])
-    longest = max(len(split_prompt(prompt)[1].tokens) for prompt in prompts)
-    viewer = Viewer(
-        run_.model,
-        ViewerConfig(
-            chunk=256,
-            text_room=longest + 64 + values.max_tokens,
+    asking = Asking(
+        decoding=Decoding(
+            max_tokens=values.max_tokens,
+            stop_ids=run_.template.stop_ids(run_.tokenizer),
+            temperature=values.temperature,
+            top_k=values.top_k,
+            top_p=values.top_p,
         ),
+        question_tokens=_room(run_.tokenizer, values.ask),
+        answer_prefix=values.answer_prefix,
+        seed=values.seed,
     )
-    memory = viewer.watch(
-        [
-            Example(
-                tokens=before.tokens,
-                roles=before.roles,
-                loss_mask=before.loss_mask,
-                frame_times=times.astype(np.float32),
-                features=features,
-            )
-        ]
+    video = watch(run_, values.video, times, asking)
+    truths = values.truth or [None] * len(values.ask)
+    for question, truth in zip(values.ask, truths, strict=True):
+        print(f"{question}\n  ", end="")
+        answer(video, question, truth)
+    if values.interactive:
+        ask_typed(video)
+
+
+def _room(tokenizer: Tokenizer, questions: Sequence[str]) -> int:
+    """Tokens for the longest question with its template, and for any usual one."""
+    longest = max(
+        (len(tokenizer.encode(question)) for question in questions), default=0
     )
-    decoding = Decoding(
-        max_tokens=values.max_tokens,
-        stop_ids=run_.template.stop_ids(run_.tokenizer),
-        temperature=values.temperature,
-        top_k=values.top_k,
-        top_p=values.top_p,
-    )
-    truths = values.truth or [None] * len(prompts)
-    for question, prompt, truth in zip(values.ask, prompts, truths, strict=True):
-        print(f"{question}\n  {values.answer_prefix}", end="", flush=True)
-        answer = Answer(run_)
-        viewer.ask(
-            memory,
-            [split_prompt(prompt)[1]],
-            decoding=decoding,
-            seed=values.seed,
-            on_tokens=answer,
-        )
-        answer.end(truth)
+    return longest + 256
+
+
+def ask_typed(video: Watched) -> None:
+    """Answers the questions that are typed, a line each, until there are no more."""
+    while question := _typed():
+        try:
+            answer(video, question)
+        except ValueError as error:
+            print(f"error: {error}")
+
+
+def _typed() -> str:
+    try:
+        return input("Question: " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def answer(video: Watched, question: str, truth: str | None = None) -> None:
+    print(video.asking.answer_prefix, end="", flush=True)
+    text = Answer(video.run)
+    video.ask(question, on_tokens=text)
+    text.end(truth)
 
 
 def score(values: flags.FlagValues) -> None:
@@ -184,6 +184,7 @@ def define_flags(values: flags.FlagValues) -> None:
     # Questions.
     text("video", None, "A video, an image, or a folder of images.", **here)
     flags.DEFINE_multi_string("ask", [], "A question about --video.", **here)
+    flags.DEFINE_bool("interactive", False, "Then read questions, a line each.", **here)
     flags.DEFINE_multi_string("truth", [], "Shown beside the answer.", **here)
     integer("max_frames", 10_240, "Of a longer video, so many evenly.", **here)
     integer("max_tokens", 64, "An answer's most tokens.", **here)
@@ -197,10 +198,12 @@ def define_flags(values: flags.FlagValues) -> None:
 def execute(values: flags.FlagValues) -> None:
     """Does what the flags say; what it cannot do it says in one line."""
     try:
-        if bool(values.video) != bool(values.ask):
-            raise ValueError("Give --video and --ask together, or neither.")
+        if bool(values.video) != bool(values.ask or values.interactive):
+            raise ValueError(
+                "Give --video together with --ask or --interactive, or none of them."
+            )
         ask(values) if values.video else score(values)
-    except (FileNotFoundError, ValueError, VideoError) as error:
+    except (BlockingIOError, FileNotFoundError, ValueError, VideoError) as error:
         sys.exit(f"error: {error}")
 
 

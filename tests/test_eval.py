@@ -1,7 +1,9 @@
 """eval.py: scores a model, answers about any file, says what it cannot do."""
 
+import io
 import json
 import pathlib
+import sys
 
 import av
 import numpy as np
@@ -12,10 +14,11 @@ from flax import nnx
 
 import eval as program
 from timeviper_jax import sharding
-from timeviper_jax.data import needles
+from timeviper_jax.data import frames, needles
 from timeviper_jax.data.conversation import NANO
 from timeviper_jax.data.features import FeatureStore
 from timeviper_jax.data.tokenizer import ByteTokenizer
+from timeviper_jax.data.video import read_frames
 from timeviper_jax.evals import run
 from timeviper_jax.presets import PRESETS
 from timeviper_jax.timeviper import TimeViper
@@ -75,9 +78,27 @@ def test_questions_are_answered_in_order_and_frames_encoded_once(
     first = capsys.readouterr().out
     assert first.index("What?\n") < first.index("(true: cat)") < first.index("When?\n")
     assert video in trained.features
-    monkeypatch.delattr(run, "iter_frames")
+    monkeypatch.delattr(frames, "iter_frames")
     execute(*ask, "--truth=cat", "--truth=now")
     assert capsys.readouterr().out == first
+    lines = io.StringIO("What?\n" + "long " * 200 + "\nWhen?\n\nnot read\n")
+    monkeypatch.setattr(sys, "stdin", lines)
+    execute(f"--video={video}", "--interactive", "--max_tokens=3")
+    what, too_long, when = capsys.readouterr().out.splitlines()
+    assert too_long.startswith("error: The question is ")
+    answers = [line.split("    (true")[0].strip() for line in first.splitlines()]
+    assert [what.strip(), when.strip()] == [answers[1], answers[3]]
+
+
+def test_long_videos_are_encoded_a_batch_at_a_time(trained, tmp_path):
+    short = _write_video(tmp_path / "short.mp4", 5)
+    long = _write_video(tmp_path / "long.mp4", 70)
+    run.encode_missing(trained, [str(short), str(long)])
+    assert trained.features.get(long).shape == (70, 4, 32)
+    got = trained.features.get(long)[66:]
+    pixels = read_frames(long, [66.5, 67.5, 68.5, 69.5], 32)
+    np.testing.assert_allclose(got, trained.encoder()(pixels), rtol=2e-3, atol=2e-3)
+    assert short in trained.features
 
 
 def test_a_video_of_one_frame_is_answered(execute, tmp_path, capsys):

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from timeviper_jax.data import features as data_features
 from timeviper_jax.data.features import FeatureStore, second_times
 from timeviper_jax.data.video import VideoError
 
@@ -54,6 +55,35 @@ def test_times_find_the_second_they_lie_in(tmp_path, video):
     np.testing.assert_array_equal(got, features()[[0, 0, 3, 9, 9]])
     assert second_times(3.4).tolist() == [0.5, 1.5, 2.5]
     assert second_times(0.3).tolist() == [0.3]
+
+
+def test_each_choice_of_moments_is_kept_for_itself(tmp_path, video):
+    store = FeatureStore(tmp_path / "store", "vit-1")
+    for number, times in enumerate((second_times(10), np.arange(1, 9) / 2)):
+        assert store.find(video, times) is None
+        made = features(len(times)) + np.float16(number)
+        store.grow(video, times, tokens=2, width=3).append(made)
+        np.testing.assert_array_equal(store.find(video, times)[:], made)
+    np.testing.assert_array_equal(store.get(video), features())
+    np.testing.assert_array_equal(store.find(video, second_times(6))[:], features()[:6])
+    assert store.find(video, second_times(6) + 0.1) is None
+
+
+def test_a_large_file_is_read_once_for_its_name_and_again_when_it_changed(
+    tmp_path, video, monkeypatch
+):
+    monkeypatch.setattr(data_features, "_LARGE_FILE", 1)
+    FeatureStore(tmp_path / "store", "vit-1").put(video, features())
+    digest = data_features.file_digest
+    monkeypatch.delattr(data_features, "file_digest")
+    store = FeatureStore(tmp_path / "store", "vit-1")
+    assert video in store
+    with open(video, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(NameError):
+        store.get(video)
+    monkeypatch.setattr(data_features, "file_digest", digest, raising=False)
+    assert video not in store
 
 
 def test_a_write_that_fails_leaves_nothing_to_be_found(tmp_path, video, monkeypatch):

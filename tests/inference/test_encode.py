@@ -1,6 +1,8 @@
 """Stored features: each video its own, however batched; named by the encoder."""
 
 import dataclasses
+import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,15 @@ from flax import nnx
 from tests.tiny import build
 from tests.training import mini
 from timeviper_jax import sharding
+from timeviper_jax.data.feature_file import GrowingFile
 from timeviper_jax.data.features import FeatureStore
-from timeviper_jax.inference.encode import encode_videos, fingerprint, make_encoder
+from timeviper_jax.data.video import VideoError
+from timeviper_jax.inference.encode import (
+    encode_videos,
+    encoding,
+    fingerprint,
+    make_encoder,
+)
 from timeviper_jax.presets import with_encoder
 from timeviper_jax.timeviper import TimeViper
 from timeviper_jax.training.parameters import merge
@@ -100,3 +109,85 @@ def test_clips_are_of_one_video_and_the_last_frame_fills_them(videos, tmp_path):
         clip = frames[np.minimum(np.arange(last, last + 4), len(frames) - 1)]
         want = one_clip(model, jnp.asarray(clip))[: len(frames) - last]
         np.testing.assert_allclose(got[last:], want, rtol=2e-3, atol=2e-3)
+
+
+def fake(frames: np.ndarray) -> np.ndarray:
+    """Features that say which frame they are of."""
+    return np.repeat(frames[:, :1, :1, 0], 3, axis=2).astype(np.float16)
+
+
+def fake_batches(numbers, error=None):
+    for some in numbers:
+        yield np.broadcast_to(
+            np.array(some, np.uint8)[:, None, None, None], (len(some), 2, 2, 3)
+        )
+    if error:
+        raise error
+
+
+@pytest.mark.parametrize("own_thread", [True, False])
+def test_features_are_read_while_they_are_made(tmp_path, own_thread):
+    file, told = GrowingFile(tmp_path / "f.npy", (9, 1, 3)), []
+    batches = fake_batches([range(4), range(4, 8), [8]])
+    with encoding(
+        batches, fake, file, own_thread=own_thread, on_frames=told.append
+    ) as features:
+        assert features.shape == (9, 1, 3)
+        parts = [features[start : start + 2] for start in range(0, 9, 2)]
+    np.testing.assert_array_equal(np.concatenate(parts)[:, 0, 0], range(9))
+    assert told == [4, 4, 1]
+    np.testing.assert_array_equal(np.load(tmp_path / "f.npy")[:, 0, 1], range(9))
+
+
+@pytest.mark.parametrize("own_thread", [True, False])
+def test_an_error_of_the_decoder_reaches_the_reader_and_what_is_made_is_kept(
+    tmp_path, own_thread
+):
+    place = tmp_path / "f.npy"
+    batches = fake_batches([range(4)], VideoError("v.mp4: cut short"))
+    with (
+        pytest.raises(VideoError, match="cut short"),
+        encoding(
+            batches, fake, GrowingFile(place, (9, 1, 3)), own_thread=own_thread
+        ) as features,
+    ):
+        for start in range(9):
+            features[start : start + 1]
+    assert not place.exists()
+    again = GrowingFile(place, (9, 1, 3))
+    assert again.present in (0, 4)  # The decoder may fail before anything is encoded.
+    left = fake_batches([range(again.present, 9)])
+    with encoding(left, fake, again) as features:
+        np.testing.assert_array_equal(features[:9][:, 0, 0], range(9))
+
+
+def test_a_reader_that_leaves_ends_the_making(tmp_path):
+    made = []
+
+    def endless():
+        for number in range(200):
+            made.append(number)
+            yield np.full((1, 2, 2, 3), number, np.uint8)
+
+    def slow(frames):
+        time.sleep(0.005)
+        return fake(frames)
+
+    file, before = (
+        GrowingFile(tmp_path / "f.npy", (200, 1, 3)),
+        threading.active_count(),
+    )
+    with encoding(endless(), slow, file) as features:
+        features[:3]
+    assert 3 <= len(made) < 100
+    assert threading.active_count() == before
+    assert GrowingFile(tmp_path / "f.npy", (200, 1, 3)).present >= 3
+
+
+def test_fewer_frames_than_promised_are_an_error(tmp_path):
+    file = GrowingFile(tmp_path / "f.npy", (9, 1, 3))
+    with (
+        pytest.raises(ValueError, match="Only 4 of 9 frames were given"),
+        encoding(fake_batches([range(4)]), fake, file) as features,
+    ):
+        features[:9]

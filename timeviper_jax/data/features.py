@@ -1,8 +1,9 @@
-"""Encoded frames on disk, so that a frozen encoder sees each video only once.
+"""Encoded frames on disk, so that a frozen encoder sees each moment only once.
 
 A video's features are those of its seconds: frame k is the one on screen at k + 0.5 s.
-Files are known by their content, encoders by a fingerprint, so that neither a moved
-file nor a retrained encoder ever yields another's features.
+Those of other moments are kept beside them, each choice of moments in a file of its
+own. Files are known by their content, encoders by a fingerprint, so that neither a
+moved file nor a retrained encoder ever yields another's features.
 """
 
 import functools
@@ -14,9 +15,11 @@ import tempfile
 import numpy as np
 from jaxtyping import Float16, Float64
 
-from timeviper_jax.data.video import Number, VideoError
+from timeviper_jax.data.feature_file import FeatureFile, GrowingFile
+from timeviper_jax.data.video import Number, VideoError, probe
 
 _OPEN_FILES = 1024
+_LARGE_FILE = 1 << 26  # Bytes; a tenth of a second to read.
 
 
 def second_times(duration: Number) -> Float64[np.ndarray, "F"]:
@@ -62,9 +65,63 @@ class FeatureStore:
         features = self.get(path)
         return np.asarray(features[np.minimum(times.astype(int), len(features) - 1)])
 
+    def find(
+        self, path: str | os.PathLike, times: Float64[np.ndarray, "F"]
+    ) -> FeatureFile | None:
+        """The features of exactly these moments, if they are kept."""
+        seconds = second_times(probe(path).duration)[: len(times)]
+        if path in self and np.array_equal(times, seconds):
+            return FeatureFile(self._place(path), len(times))
+        place = self._place_of(path, times)
+        return FeatureFile(place) if place.exists() else None
+
+    def grow(
+        self,
+        path: str | os.PathLike,
+        times: Float64[np.ndarray, "F"],
+        *,
+        tokens: int,
+        width: int,
+        clip: int = 1,
+    ) -> GrowingFile:
+        """A file for the features of these moments, or what there is of it already.
+
+        Args:
+          path: The video.
+          times: In seconds, ascending.
+          tokens: Vision tokens of a frame.
+          width: Channels of a token.
+          clip: Frames that the encoder sees together.
+        """
+        place = self._place_of(path, times)
+        return GrowingFile(place, (len(times), tokens, width), clip=clip)
+
     def _place(self, path: str | os.PathLike) -> pathlib.Path:
-        digest = file_digest(path)
+        digest = self._digest(path)
         return pathlib.Path(self._root, digest[:2], f"{digest}.npy")
+
+    def _place_of(
+        self, path: str | os.PathLike, times: Float64[np.ndarray, "F"]
+    ) -> pathlib.Path:
+        place = self._place(path)
+        if np.array_equal(times, second_times(probe(path).duration)):
+            return place
+        moments = hashlib.blake2b(times.tobytes(), digest_size=8).hexdigest()
+        return place.with_stem(f"{place.stem}-{moments}")
+
+    def _digest(self, path: str | os.PathLike) -> str:
+        """`file_digest`; of a large file that did not change it is remembered."""
+        if not os.path.isfile(path) or os.path.getsize(path) < _LARGE_FILE:
+            return file_digest(path)
+        version = repr(_version(os.path.abspath(path))).encode()
+        name = hashlib.blake2b(version, digest_size=20).hexdigest()
+        note = self._root.with_name("digests") / name
+        if not note.exists():
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as new:
+                new.write(file_digest(path))
+            os.replace(new.name, note)
+        return note.read_text()
 
 
 def _map(place: pathlib.Path) -> np.ndarray:

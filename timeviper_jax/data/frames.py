@@ -6,16 +6,16 @@ decoded once; whole videos also straight from their files.
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float64, Int, UInt8
 
 from timeviper_jax.data.features import second_times
 from timeviper_jax.data.images import Fit
-from timeviper_jax.data.video import probe, read_frames
+from timeviper_jax.data.video import iter_frames, probe, read_frames
 
 Record = dict[str, Any]
 
@@ -131,3 +131,17 @@ def decoded_videos(
         num_threads=num_threads, prefetch_buffer_size=2 * num_threads
     )
     yield from grain.MapDataset.source(paths).map(decode).to_iter_dataset(options)
+
+
+def frame_batches(
+    path: str | os.PathLike,
+    times: Float64[np.ndarray, "F"],
+    fit: Fit | int,
+    *,
+    size: int,
+    threads: int = 1,
+) -> Generator[UInt8[np.ndarray, "_ H W 3"], None, None]:
+    """The frames at `times`, `size` together and what is left; one batch is held."""
+    frames = iter_frames(path, times, fit, threads=threads)
+    while batch := list(itertools.islice(frames, size)):
+        yield np.stack(batch)

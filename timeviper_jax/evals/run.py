@@ -1,26 +1,28 @@
 """A trained model and all that belongs to it, from the directory of its run."""
 
+import contextlib
 import dataclasses
-import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float16, Float64
+from jaxtyping import Float64
 from tqdm import tqdm
 
 from timeviper_jax import sharding
 from timeviper_jax.data import frames
 from timeviper_jax.data.conversation import TEMPLATES, Template
+from timeviper_jax.data.examples import FrameFeatures
 from timeviper_jax.data.features import FeatureStore, second_times
 from timeviper_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
-from timeviper_jax.data.video import fps_times, iter_frames, probe
+from timeviper_jax.data.video import fps_times, probe
 from timeviper_jax.inference.encode import (
     Encode,
     encode_videos,
+    encoding,
     fingerprint,
     make_encoder,
 )
@@ -89,19 +91,27 @@ def _tokenizer(name: str) -> Tokenizer:
 def encode_missing(run: Run, paths: Iterable[str]) -> None:
     """Encodes the videos whose features the run does not have yet."""
     missing = sorted(path for path in set(paths) if path not in run.features)
-    if not missing:
-        return
-    cfg, threads = run.model.cfg, run.config["data"]["num_threads"]
-    videos = frames.decoded_videos(missing, cfg.fit, num_threads=threads)
     at_once = 8 * run.config["data"]["encode_batch"]
+    times = {path: second_times(probe(path).duration) for path in missing}
+    for path in [path for path in missing if len(times[path]) > at_once]:
+        with encoded(run, path, times.pop(path)) as features:
+            for start in range(0, features.shape[0], at_once):
+                features[start : start + at_once]
+    if times:
+        _encode_together(run, list(times), at_once)
+
+
+def _encode_together(run: Run, paths: list[str], at_once: int) -> None:
+    """Encodes videos that are short enough to be held whole."""
+    cfg, threads = run.model.cfg, run.config["data"]["num_threads"]
     done = encode_videos(
-        videos,
+        frames.decoded_videos(paths, cfg.fit, num_threads=threads),
         run.encoder(),
         run.features,
         at_once=at_once,
         clip_frames=cfg.vision.clip_frames,
     )
-    for _ in tqdm(done, total=len(missing), desc="encode", unit="video"):
+    for _ in tqdm(done, total=len(paths), desc="encode", unit="video"):
         pass
 
 
@@ -113,22 +123,49 @@ def watch_times(path: str | os.PathLike, max_frames: int) -> Float64[np.ndarray,
     return fps_times(duration, 1, max_frames)
 
 
-def encode_file(
+@contextlib.contextmanager
+def encoded(
     run: Run, path: str | os.PathLike, times: Float64[np.ndarray, "F"]
-) -> Float16[np.ndarray, "F V E"]:
-    """Features of the frames at `times`, in batches: no more is ever held at once.
+) -> Iterator[FrameFeatures]:
+    """Features of the frames at `times`, to be read in order while they are made.
 
-    Those of a file's seconds are kept in the store.
+    They are kept, and found the next time; those that an interrupted run left are not
+    made again. Leaving before the last one was read stops the making.
     """
-    if path in run.features:
-        return run.features.at(path, times)
-    fit, batch = run.model.cfg.fit, run.config["data"]["encode_batch"]
-    encode, pixels, features = run.encoder(), iter_frames(path, times, fit), []
-    with tqdm(total=len(times), desc="encode", unit="frame", disable=None) as bar:
-        while some := list(itertools.islice(pixels, batch)):
-            features.append(encode(np.stack(some)))
-            bar.update(len(some))
-    features = np.concatenate(features)
-    if np.array_equal(times, second_times(probe(path).duration)):
-        run.features.put(path, features)
-    return features
+    if kept := run.features.find(path, times):
+        yield kept
+        return
+    cfg = run.model.cfg
+    file = run.features.grow(
+        path,
+        times,
+        tokens=cfg.tokens_per_frame,
+        width=cfg.projector.vision_dim,
+        clip=cfg.vision.clip_frames,
+    )
+    batches = frames.frame_batches(
+        path,
+        times[file.present :],
+        cfg.fit,
+        size=run.config["data"]["encode_batch"],
+        threads=_decoding_threads(),
+    )
+    bar = tqdm(
+        total=len(file), initial=file.present, desc="encode", unit="frame", disable=None
+    )
+    with (
+        bar,
+        encoding(
+            batches,
+            run.encoder(),
+            file,
+            own_thread=run.mesh.size == 1,
+            on_frames=bar.update,
+        ) as arriving,
+    ):
+        yield arriving
+
+
+def _decoding_threads() -> int:
+    """A quarter of the cores: the rest encode and read what was decoded."""
+    return max(1, (os.cpu_count() or 1) // 4)

@@ -4,11 +4,15 @@ What is kept of a frame is what `TimeViper.encode` gives: its merged tokens, bef
 projector. The encoder is compiled once, for batches of frames of one size, which
 frames of several short videos fill together. An encoder of clips sees a video's
 consecutive frames together; the last one is repeated until its clip is full.
+
+A long video is never there as a whole: one thread decodes a few batches ahead, another
+encodes them into a growing file, and the language model reads that.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +22,15 @@ from jax.sharding import Mesh
 from jaxtyping import Float16, UInt8
 
 from timeviper_jax import sharding
+from timeviper_jax.data.ahead import Ahead
+from timeviper_jax.data.feature_file import GrowingFile
 from timeviper_jax.data.features import FeatureStore
 from timeviper_jax.timeviper import TimeViper
 
 Frames = UInt8[np.ndarray, "F H W 3"]
 Encode = Callable[[Frames], Float16[np.ndarray, "F V E"]]
+# Batches that wait for the encoder: one to take, one in the making.
+_BATCHES_AHEAD = 2
 
 
 def fingerprint(model: TimeViper) -> str:
@@ -68,6 +76,59 @@ def make_encoder(model: TimeViper, mesh: Mesh, *, batch_size: int) -> Encode:
         return np.concatenate(jax.device_get(parts))
 
     return run
+
+
+class Arriving:
+    """Features of a video, F V E, some of which a thread is still encoding.
+
+    `arriving[start:stop]` waits for those frames, or raises what stopped them.
+    """
+
+    def __init__(self, file: GrowingFile, arrivals: Iterator[int]):
+        self.shape = file.shape
+        self._file, self._arrivals = file, arrivals
+
+    def __getitem__(self, frames: slice) -> Float16[np.ndarray, "F V E"]:
+        _, stop, _ = frames.indices(self.shape[0])
+        while self._file.present < stop:
+            next(self._arrivals)
+        return self._file[frames]
+
+
+@contextmanager
+def encoding(
+    batches: Generator[Frames, None, None],
+    encode: Encode,
+    file: GrowingFile,
+    *,
+    own_thread: bool = True,
+    on_frames: Callable[[int], object] = int,
+) -> Iterator[Arriving]:
+    """Encodes while the caller reads; leaving ends the threads and closes the file.
+
+    Args:
+      batches: The frames that the file lacks, decoded as they are asked for. What
+        thins or changes pixels stands between them and the decoder.
+      encode: Is given each batch, in order.
+      file: Takes the features.
+      own_thread: Or in the caller's, when it wants frames: two threads must not start
+        programs on several devices at once, which may wait for each other.
+      on_frames: Is called with the number of each batch's, where it was encoded.
+    """
+
+    def append() -> Generator[int, None, None]:
+        with Ahead(batches, most=_BATCHES_AHEAD) as decoded:
+            for frames in decoded:
+                file.append(encode(frames))
+                on_frames(len(frames))
+                yield len(frames)
+        if file.present < len(file):
+            raise ValueError(f"Only {file.present} of {len(file)} frames were given.")
+
+    # Features are on disk as soon as they are made: any number may be ahead.
+    run = Ahead(append(), most=len(file)) if own_thread else closing(append())
+    with closing(file), run as arrivals:
+        yield Arriving(file, arrivals)
 
 
 def encode_videos(
