@@ -1,25 +1,55 @@
 """Frames that show what was just seen, found before an encoder spends time on them.
 
-    changes = Changes(frames, threshold=0.05)
-    features = encode(changes)  # Only of the frames that changed.
-    features = features[changes.sources]  # Merged: a frame for each that was seen.
-    times = times[changes.kept]  # Or skipped: the frames that changed, at their times.
+    changed = Changes(threshold=0.05)
+    changed(frames)  # True where a frame is worth encoding.
+    changed(more)  # The frames after them: those of a video may come in any portions.
 
-A frame has changed when some part of it differs from the last frame that was *passed
-on* by `threshold` or more. EVS (arXiv 2510.14624) compares with the frame before, so a
-scene that changes slowly never changes; it drops a fixed share of each video's patches,
-where this drops what a threshold says, nothing of a video that never rests. The unit is
-a frame because the tokens of a frame are merged inside the encoder: without some of its
-patches a frame would have to be encoded all the same, and merged to other tokens.
+Repeats may be *merged*, when their features are those of the frame they repeat
+(`inference/merging.py`), or *skipped*: a video is then watched at `changed_times` only.
+
+A frame has changed when some part of it differs from the last frame that *had changed*
+by the threshold or more. EVS (arXiv 2510.14624) compares with the frame before, so that
+what changes slowly never changes, and drops the share of patches that changed least,
+whatever the video. It does so behind the encoder, which saves none of its time. The
+unit here is a frame, because the encoder attends and merges tokens within each: without
+some patches it would have to encode the others all the same, to other tokens.
 """
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float64, UInt8
+
+from timeviper_jax.data.images import Fit
+from timeviper_jax.data.video import iter_frames
 
 Frame = UInt8[np.ndarray, "H W 3"]
 GRID = 4  # Parts a side: something small that moves is much of its own part.
+
+
+class Changes:
+    """Says of the frames of one video, portion by portion, which of them changed.
+
+    The first always has; with threshold 0 every frame has. One frame is held.
+    """
+
+    def __init__(self, threshold: float):
+        if not 0 <= threshold <= 1:
+            raise ValueError(
+                f"{threshold=} is not a share of black to white; give 0 to 1."
+            )
+        self._threshold = threshold
+        self._last: Frame | None = None
+
+    def __call__(self, frames: Iterable[Frame]) -> Bool[np.ndarray, "F"]:
+        return np.array([self._changed(frame) for frame in frames], bool)
+
+    def _changed(self, frame: Frame) -> bool:
+        if self._last is not None and difference(frame, self._last) < self._threshold:
+            return False
+        self._last = frame
+        return True
 
 
 def difference(one: Frame, other: Frame) -> float:
@@ -35,38 +65,14 @@ def difference(one: Frame, other: Frame) -> float:
     return float((sums / (heights[:, None] * widths)).max() / 255)
 
 
-class Changes:
-    """Passes on the frames of one video that changed, and remembers which they are.
+def changed_times(
+    path: str | os.PathLike,
+    times: Float64[np.ndarray, "F"],
+    fit: Fit,
+    threshold: float,
+) -> Float64[np.ndarray, " _"]:
+    """Those of `times` at which a video shows something else than before.
 
-    The first always has; with threshold 0 every frame has. Frames are looked at as they
-    are asked for, and one is held, so a video may be of any length.
+    It is decoded for that, a frame at a time, and not kept.
     """
-
-    def __init__(self, frames: Iterable[Frame], threshold: float):
-        if not 0 <= threshold <= 1:
-            raise ValueError(
-                f"{threshold=} is not a share of black to white; give 0 to 1."
-            )
-        self._frames, self._threshold = frames, threshold
-        self._sources: list[int] = []
-        self._passed = 0
-
-    def __iter__(self) -> Iterator[Frame]:
-        last = None
-        for frame in self._frames:
-            changed = last is None or difference(frame, last) >= self._threshold
-            self._passed += changed
-            self._sources.append(self._passed - 1)
-            if changed:
-                last = frame
-                yield frame
-
-    @property
-    def sources(self) -> Int[np.ndarray, "F"]:
-        """For each frame seen so far, which of those passed on it repeats."""
-        return np.array(self._sources, np.int64)
-
-    @property
-    def kept(self) -> Bool[np.ndarray, "F"]:
-        """For each frame seen so far, whether it was passed on."""
-        return np.diff(self.sources, prepend=-1) > 0
+    return times[Changes(threshold)(iter_frames(path, times, fit))]
