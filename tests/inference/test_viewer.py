@@ -1,114 +1,15 @@
 """Watching in stages and chunks, asking from a memory: the same as one pass."""
 
 import dataclasses
-import functools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from flax import nnx
 
+from tests.watching import CFG, FLOAT32, STAGES, model, one_pass, parts, prompt
 from timeviper_jax.data.conversation import EncodedText
-from timeviper_jax.data.examples import Example, Role, RowSize, collate
+from timeviper_jax.data.examples import Example, Role
 from timeviper_jax.inference.sampling import Decoding
 from timeviper_jax.inference.viewer import Viewer, ViewerConfig, split_prompt
-from timeviper_jax.llm.stream import take
-from timeviper_jax.llm.transv import Stage
-from timeviper_jax.presets import PRESETS
-from timeviper_jax.timeviper import TimeViper
-
-FLOAT32 = dict(atol=1e-5, rtol=1e-5)
-UNIFORM = Stage(layer=1, keep=0.5)
-ATTENTION = Stage(layer=3, keep=0.25, select="attention")
-STAGES = {
-    "none": (),
-    "drop": (dataclasses.replace(UNIFORM, transfer=False),),
-    "uniform_attention": (UNIFORM, ATTENTION),
-    "attention_uniform": (
-        Stage(layer=1, keep=0.5, select="attention"),
-        Stage(layer=3, keep=0.2),
-    ),
-    "layer0": (Stage(layer=0, keep=0.3),),
-    "plain": (),
-    "plain_uniform_attention": (UNIFORM, ATTENTION),
-}
-V = 2  # Tokens a frame.
-SIZES = dataclasses.replace(
-    PRESETS["tiny"],
-    tokens_per_frame=V,
-    time_digits=3,
-    llm=dataclasses.replace(
-        PRESETS["tiny"].llm, log_base=8.0, pattern="M*-*", transv=()
-    ),
-)
-# The same with a plain transformer, which attends and ranks at the same layers.
-PLAIN = dataclasses.replace(
-    SIZES,
-    llm=dataclasses.replace(
-        tiny.QWEN, pattern="-*-*", vocab_size=272, embed_dim=32, tied=True
-    ),
-)
-CFG = ViewerConfig(
-    video_rows=2,
-    question_rows=3,
-    chunk=8,
-    text_chunk=4,
-    text_room=24,
-    smallest_cache=32,
-    cache_growth=2,
-)
-
-
-@functools.cache
-def model(stages: str) -> TimeViper:
-    sizes = PLAIN if stages.startswith("plain") else SIZES
-    cfg = sizes.with_transv(STAGES[stages])
-    return tiny.build(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
-
-
-def prompt(frames: int, question: int, prefix: int = 0, seed: int = 0) -> Example:
-    """Two words, a video, a question, and perhaps the beginning of an answer."""
-    rng = np.random.default_rng([seed, frames, question])
-    roles = [Role.TEXT] * 2 + [Role.VISION] * frames * V
-    roles += [Role.INSTRUCTION] * question + [Role.ANSWER] * prefix
-    return Example(
-        tokens=rng.integers(1, 200, len(roles)).astype(np.int32),
-        roles=np.array(roles, np.int32),
-        loss_mask=np.zeros(len(roles), bool),
-        frame_times=np.arange(frames).astype(np.float32) + 0.5,
-        features=np.random.default_rng([seed, frames])
-        .normal(size=(frames, V, 32))
-        .astype(np.float32),
-    )
-
-
-def parts(example: Example) -> tuple[Example, EncodedText]:
-    """What is watched and what is asked of an example."""
-    text = EncodedText(
-        tokens=example.tokens, roles=example.roles, loss_mask=example.loss_mask
-    )
-    before, after = split_prompt(text)
-    watched = dataclasses.replace(
-        example, tokens=before.tokens, roles=before.roles, loss_mask=before.loss_mask
-    )
-    return watched, after
-
-
-@tiny.quick_jit
-def _last_logits(model, batch):
-    output = model.forward(batch)
-    last = jnp.sum(output.stream.roles > 0, axis=1) - 1
-    hidden = take(output.hidden, last[:, None])
-    return model.llm.logits(hidden)[:, 0]
-
-
-def one_pass(stages: str, examples: list[Example]) -> np.ndarray:
-    """The logits after the last token of each, by the model's forward pass."""
-    size = RowSize(num_frames=12, text_tokens=24, tokens_per_frame=V)
-    rows = [[example] for example in examples] + [[]] * (3 - len(examples))
-    logits = _last_logits(model(stages), collate(rows, size))
-    return np.asarray(logits)[: len(examples)]
 
 
 def watch(stages: str, examples: list[Example], cfg: ViewerConfig = CFG):
@@ -307,3 +208,23 @@ def test_features_are_read_once_in_order_while_they_come():
 def test_features_that_do_not_fit_the_prompt_are_an_error(cut, wrong):
     with pytest.raises(ValueError, match=wrong):
         watch("none", [dataclasses.replace(LONG, features=Coming(LONG.features[cut]))])
+
+
+def test_residual_may_wait_on_the_device():
+    questions, got = [parts(e)[1] for e in (LONG, SHORT)], {}
+    for place in ("host", "device"):
+        cfg = dataclasses.replace(CFG, residual_on=place)
+        viewer, memory = watch("uniform_attention", [LONG, SHORT], cfg)
+        assert memory.parts()["residual"] > 0
+        assert isinstance(memory.held.chunks[0].x, np.ndarray) == (place == "host")
+        got[place] = viewer.logits(memory, questions)
+    np.testing.assert_array_equal(got["host"], got["device"])
+
+
+def test_videos_of_all_lengths_share_their_programs():
+    cfg = dataclasses.replace(CFG, smallest_cache=64)
+    viewer, _ = watch("uniform_attention", [prompt(11, 5)], cfg)
+    compiled = viewer.reader.run_on.run._cache_size()
+    for frames in (1, 4, 8, 10):
+        viewer.watch([parts(prompt(frames, 5))[0]])
+    assert viewer.reader.run_on.run._cache_size() == compiled

@@ -115,7 +115,7 @@ class Memory:
         for stretch in self.stretches:
             share = stretch.used / stretch.capacity if stretch.capacity else 0
             for cache in stretch.caches:
-                slots = _bytes((cache.attention, cache.slots))
+                slots = _bytes((cache.attention, cache.slots.valid))
                 parts["attention"] += int(share * slots) if filled else slots
                 parts["states"] += _bytes(cache.mamba)
         for passage in self.passages:
