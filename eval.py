@@ -20,6 +20,7 @@ import jax
 from absl import app, flags, logging
 
 from timeviper_jax.data.needle_questions import KINDS
+from timeviper_jax.data.redundancy import changed_times
 from timeviper_jax.data.tokenizer import Tokenizer
 from timeviper_jax.data.video import VideoError
 from timeviper_jax.evals import report, run, runner
@@ -61,6 +62,11 @@ def ask(values: flags.FlagValues) -> None:
         raise ValueError(f"The question {empty[0]!r} is empty; ask something.")
     times = run.watch_times(values.video, values.max_frames)
     run_ = run.load(values.workdir)
+    if values.repeats == "merge":
+        run_ = run_.merging(values.redundancy)
+    elif values.redundancy:
+        fit = run_.model.cfg.fit
+        times = changed_times(values.video, times, fit, values.redundancy)
     asking = Asking(
         decoding=Decoding(
             max_tokens=values.max_tokens,
@@ -187,6 +193,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("interactive", False, "Then read questions, a line each.", **here)
     flags.DEFINE_multi_string("truth", [], "Shown beside the answer.", **here)
     integer("max_frames", 10_240, "Of a longer video, so many evenly.", **here)
+    flags.DEFINE_float(
+        "redundancy", 0.0, "Encode no frame that differs less (0 to 1).", **here
+    )
+    flags.DEFINE_enum(
+        "repeats", "merge", ["merge", "skip"], "What becomes of such frames.", **here
+    )
     integer("max_tokens", 64, "An answer's most tokens.", **here)
     text("answer_prefix", "", 'How answers begin ("Best Option: (").', **here)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", **here)

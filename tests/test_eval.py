@@ -34,7 +34,7 @@ def trained(tmp_path_factory) -> run.Run:
         template=NANO,
         features=FeatureStore(folder, "random"),
         mesh=sharding.make_mesh(),
-        config={"data": {"encode_batch": 8, "num_threads": 1}},
+        config={"data": {"encode_batch": 8, "num_threads": 1, "features": str(folder)}},
     )
 
 
@@ -174,3 +174,26 @@ def test_scores_and_controls_are_written(execute, tmp_path, capsys):
     assert set(written["controls"]) == {"text_only", "vision_shuffled"}
     assert (out / "needles.png").exists()
     assert "when mIoU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags_, encoded",
+    [((), 3), (("--redundancy=1",), 1), (("--redundancy=1", "--repeats=skip"), 1)],
+)
+def test_frames_that_repeat_are_not_encoded(
+    execute, tmp_path, monkeypatch, capsys, flags_, encoded
+):
+    given = []
+
+    def encode(frames):
+        given.append(len(frames))
+        return np.ones((len(frames), 4, 32), np.float16)
+
+    monkeypatch.setattr(run, "make_encoder", lambda *_, **__: encode)
+    still = _write_video(tmp_path / "still.mp4", 3)
+    still.write_bytes(still.read_bytes() + repr(flags_).encode())  # Not seen before.
+    execute(f"--video={still}", "--ask=What?", "--max_tokens=3", *flags_)
+    assert sum(given) == encoded
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="error: threshold=2.0 is not a share"):
+        execute(f"--video={still}", "--ask=What?", "--redundancy=2")

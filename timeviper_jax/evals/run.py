@@ -26,13 +26,21 @@ from timeviper_jax.inference.encode import (
     fingerprint,
     make_encoder,
 )
+from timeviper_jax.inference.merging import Merging
 from timeviper_jax.timeviper import TimeViper
 from timeviper_jax.training.checkpoint import Checkpoints, load_model
+
+# Of a batch of frames: what changed of one fills smaller batches with less padding.
+_PARTS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What training left behind, and the features of the videos seen so far."""
+    """What training left behind, and the features of the videos seen so far.
+
+    Frames of one video that differ from the last encoded one by less than
+    `merge_below` have its features.
+    """
 
     model: TimeViper
     tokenizer: Tokenizer
@@ -40,6 +48,7 @@ class Run:
     features: FeatureStore
     mesh: Mesh
     config: Mapping[str, Any]
+    merge_below: float = 0.0
 
     @property
     def compression(self) -> str:
@@ -53,6 +62,26 @@ class Run:
         return make_encoder(
             self.model, self.mesh, batch_size=self.config["data"]["encode_batch"]
         )
+
+    def video_encoder(self) -> Encode:
+        """For the consecutive frames of one video, repeats merged if they are to be."""
+        if not self.merge_below:
+            return self.encoder()
+        batch_size = max(1, self.config["data"]["encode_batch"] // _PARTS)
+        encode = make_encoder(self.model, self.mesh, batch_size=batch_size)
+        return Merging(encode, self.merge_below)
+
+    def merging(self, threshold: float) -> "Run":
+        """The same run where it merges repeats; their features are kept apart."""
+        if threshold and self.model.cfg.vision.clip_frames > 1:
+            raise ValueError(
+                "This encoder sees clips, which have no frames to merge; skip repeats."
+            )
+        if not threshold:
+            return self
+        name = f"{fingerprint(self.model)} merged below {threshold}"
+        store = FeatureStore(self.config["data"]["features"], name)
+        return dataclasses.replace(self, features=store, merge_below=threshold)
 
 
 def load(workdir: str | os.PathLike) -> Run:
@@ -157,7 +186,7 @@ def encoded(
         bar,
         encoding(
             batches,
-            run.encoder(),
+            run.video_encoder(),
             file,
             own_thread=run.mesh.size == 1,
             on_frames=bar.update,
