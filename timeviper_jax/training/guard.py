@@ -39,7 +39,7 @@ FINITE = GuardConfig(max_skips=10, spike_window=0, spike_deviations=0.0)
 class GuardState(NamedTuple):
     """What the guard remembers; losses are of the stage, nan before there are any."""
 
-    losses: Float[Array, "window"]  # The newest last.
+    losses: Float[Array, "W"]  # The newest last.
     in_row: Int[Array, ""]  # Updates skipped since the last that was made.
 
 

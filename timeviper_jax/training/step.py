@@ -79,7 +79,7 @@ def make_train_step(
     gradient are those of the whole batch at once, each target counting the same.
     `adapt` makes the model's parameters of those that are kept, such as LoRA's. What
     the guard turns down leaves parameters and optimizer as they were, bit for bit, and
-    weighs nothing in the means; "skipped" says so, "skipped_in_row" how often.
+    weighs nothing in the means; "skipped" counts it.
     """
 
     def train_step(state, frozen, batch):
@@ -100,7 +100,6 @@ def make_train_step(
         means["grad_norm"] = Mean.single(grad_norm)
         means = jax.tree.map(lambda part: jnp.where(good, part, 0), means)
         means["skipped"] = Mean.single(~good)
-        means["skipped_in_row"] = Mean.single(guarded.in_row)
         params = optax.apply_updates(state.params, updates)
         state = TrainState(
             step=state.step + 1,
