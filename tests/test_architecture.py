@@ -8,6 +8,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A file imports from lower levels, and at its own level only from its own package.
 LEVELS = {
     "pallas_kernels": 0,
+    "timeviper_jax.checksums": 1,
     "timeviper_jax.sharding": 1,
     "timeviper_jax.layers": 1,
     "timeviper_jax.data": 1,

@@ -23,7 +23,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from timeviper_jax import presets, sharding
+from timeviper_jax import checksums, presets, sharding
 from timeviper_jax.conversion import folder as folders
 from timeviper_jax.conversion.families import FAMILIES, names_of
 from timeviper_jax.layers import lora
@@ -103,13 +103,15 @@ def with_dtype(cfg: TimeViperConfig, dtype: str) -> TimeViperConfig:
 
 
 def latest_step(run: pathlib.Path) -> pathlib.Path:
-    """The folder of a run's latest checkpoint."""
-    steps = [p for p in (run / "checkpoints").glob("*") if (p / "params").is_dir()]
-    if not steps:
+    """The folder of a run's newest whole checkpoint."""
+    folder, problems = checksums.newest(run / "checkpoints")
+    for newer, problem in problems.items():
+        print(f"{newer} is not read: {problem}.", file=sys.stderr)
+    if folder is None:
         raise FileNotFoundError(
             f"{run} is neither a converted folder nor a run with a checkpoint."
         )
-    return max(steps, key=lambda path: int(path.name))
+    return folder
 
 
 def config_of_run(record: dict[str, Any]) -> TimeViperConfig:
