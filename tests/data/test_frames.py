@@ -15,7 +15,8 @@ def _records(count, size=10):
         pixels = np.zeros((size, 2, 2, 3), np.uint8)
         pixels[:] = np.where(shows, 200, 20)[:, None, None, None]
         labels = np.where(shows, numbers, 0)
-        yield {"frames": pixels, "labels": labels, "file": f"{i // 2}.mp4"}
+        place = {"file": f"{i // 2}.mp4", "start": i % 2 * size}
+        yield {"frames": pixels, "labels": labels, **place}
 
 
 def _batches(**changes):
@@ -48,6 +49,15 @@ def test_hosts_share_the_frames_of_one():
     halves = [next(_batches(process_index=i, process_count=2)) for i in range(2)]
     together = np.concatenate([half.labels for half in halves])
     assert sorted(together) == sorted(whole.labels)
+
+
+def test_a_batch_knows_its_records():
+    batches = _batches()
+    batch = next(batches)
+    # Frame 10 i + 1 or 6 is of record i.
+    records = {label // 10 for label in batch.labels[batch.labels > 0]}
+    names = {f"{i // 2}.mp4@{i % 2 * 10}" for i in records}
+    assert len(batches.samples) == 4 and set(batches.samples) == names
 
 
 def test_a_batch_must_divide_into_records():

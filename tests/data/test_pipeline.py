@@ -224,6 +224,13 @@ def test_hosts_share_the_batches_of_one(dozen):
     assert not seen[0] & seen[1] and seen[0] | seen[1] == set(range(12))
 
 
+def test_a_batch_knows_its_samples(packed):
+    batches = make_batches(packed_config(packed), TOKENIZER, seed=1)
+    found = [(numbers(next(batches)), batches.samples) for _ in range(3)]
+    for used, samples in found:
+        assert list(samples) == [str(number) for number in used]
+
+
 def test_hosts_must_divide_the_batch(dozen):
     with pytest.raises(ValueError, match="batch_size=4 does not divide among 3 hosts"):
         make_batches(config(dozen), TOKENIZER, seed=0, process_count=3)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float64, Int, UInt8
 
 from timeviper_jax.data.features import second_times
 from timeviper_jax.data.images import Fit
+from timeviper_jax.data.iterator import NamedBatches
 from timeviper_jax.data.video import iter_frames, probe, read_frames
 
 Record = dict[str, Any]
@@ -36,14 +37,14 @@ def make_frame_batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[FrameBatch]:
+) -> NamedBatches[FrameBatch]:
     """Batches without end of frames, some of which show something (label above 0).
 
     They are varied as a camera would: brightness, contrast, and where nothing is
     shown also side and colours.
 
     Args:
-      records: Random access to {"frames", "labels"}.
+      records: Random access to {"frames", "labels", "file", "start"}.
       batch_size: Frames, over all hosts.
       per_record: Frames that are drawn from a record each time it is read.
       share: Of the frames of a record with both, those that show something.
@@ -62,12 +63,15 @@ def make_frame_batches(
     draws = draws[process_index::process_count]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)
     batches = draws.to_iter_dataset(options).batch(records_per_host, batch_fn=_join)
-    return iter(batches)
+    return NamedBatches(iter(batches))
 
 
-def _draw(
-    record: Record, count: int, share: float, rng: np.random.Generator
-) -> FrameBatch:
+class _Drawn(NamedTuple):
+    name: str  # Of the record: its file, and the second it begins at.
+    frames: FrameBatch
+
+
+def _draw(record: Record, count: int, share: float, rng: np.random.Generator) -> _Drawn:
     """`count` frames of a record, a share of which show something."""
     labels = np.asarray(record["labels"])
     something, nothing = np.flatnonzero(labels > 0), np.flatnonzero(labels == 0)
@@ -78,10 +82,11 @@ def _draw(
         [rng.choice(half, size) for half, size in zip(halves, sizes, strict=True)]
     )
     frames = np.asarray(record["frames"])[chosen]
-    return FrameBatch(
+    batch = FrameBatch(
         frames=_vary(frames, labels[chosen] == 0, rng),
         labels=labels[chosen].astype(np.int32),
     )
+    return _Drawn(f"{os.fsdecode(record['file'])}@{record['start']}", batch)
 
 
 def _vary(
@@ -102,11 +107,12 @@ def _vary(
     return np.clip(frames, 0, 255).astype(np.uint8)
 
 
-def _join(parts: Sequence[FrameBatch]) -> FrameBatch:
-    return FrameBatch(
-        frames=np.concatenate([part.frames for part in parts]),
-        labels=np.concatenate([part.labels for part in parts]),
+def _join(parts: Sequence[_Drawn]) -> tuple[FrameBatch, tuple[str, ...]]:
+    batch = FrameBatch(
+        frames=np.concatenate([part.frames.frames for part in parts]),
+        labels=np.concatenate([part.frames.labels for part in parts]),
     )
+    return batch, tuple(part.name for part in parts)
 
 
 def recorded_videos(

@@ -8,6 +8,7 @@ used (a damaged file, too many tokens) is replaced by another that the position 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from timeviper_jax.data.conversation import TEMPLATES, encode
 from timeviper_jax.data.examples import Batch, Example, RowSize, collate
 from timeviper_jax.data.features import FeatureStore
 from timeviper_jax.data.images import Fit
+from timeviper_jax.data.iterator import NamedBatches
 from timeviper_jax.data.manifest import Item
 from timeviper_jax.data.packing import Load, first_fit
 from timeviper_jax.data.tokenizer import Tokenizer
@@ -107,34 +109,27 @@ def make_batches(
     return Batches(iter(ahead))
 
 
-class Batches(grain.DatasetIterator[Batch]):
-    """The batches, and how many samples had to be replaced so far.
-
-    `get_state` and `set_state` (JSON) continue it exactly; orbax saves it by itself.
-    Close it when done: it reads ahead in threads.
-    """
+class Batches(NamedBatches[Batch]):
+    """The batches, and how many samples had to be replaced so far."""
 
     def __init__(self, parent: grain.DatasetIterator):
         super().__init__(parent)
         self.skipped = 0
 
     def __next__(self) -> Batch:
-        batch, problems = next(self._parent)
-        for problem in problems:
+        made = next(self._parent)
+        for problem in made.problems:
             logging.warning("Skipped a sample: %s", problem)
-        self.skipped += len(problems)
-        return batch
+        self.skipped += len(made.problems)
+        self.samples = made.samples
+        return made.batch
 
     def get_state(self) -> dict[str, Any]:
-        return {"parent": self._parent.get_state(), "skipped": self.skipped}
+        return {**super().get_state(), "skipped": self.skipped}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["parent"])
+        super().set_state(state)
         self.skipped = state["skipped"]
-
-    def close(self) -> None:
-        super().close()
-        self._parents = ()  # Freed now: at exit it would print errors of its own.
 
 
 class _Draw(NamedTuple):
@@ -143,6 +138,7 @@ class _Draw(NamedTuple):
 
 
 class _Drawn(NamedTuple):
+    item_id: str
     example: Example
     max_in_row: int
     problems: tuple[str, ...]  # Of the samples that it replaces.
@@ -175,7 +171,7 @@ class _ExampleMaker:
             except (VideoError, Misfit) as error:
                 problems.append(f"{item.id}: {error}")
                 continue
-            return _Drawn(example, item.dataset.pack_size, tuple(problems))
+            return _Drawn(item.id, example, item.dataset.pack_size, tuple(problems))
         raise ValueError(
             f"{len(problems)} samples in a row cannot be used; the last is"
             f" {problems[-1]}"
@@ -280,9 +276,17 @@ def _check_fits(item: Item, example: Example, row: RowSize) -> None:
         raise Misfit(problem)
 
 
-def _collate(rows: list[list[_Drawn]], size: RowSize) -> tuple[Batch, tuple[str, ...]]:
+class _Made(NamedTuple):
+    batch: Batch
+    samples: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def _collate(rows: list[list[_Drawn]], size: RowSize) -> _Made:
     batch = collate([[drawn.example for drawn in row] for row in rows], size)
-    return batch, tuple(p for row in rows for drawn in row for p in drawn.problems)
+    drawn = list(itertools.chain(*rows))
+    problems = itertools.chain(*(one.problems for one in drawn))
+    return _Made(batch, tuple(one.item_id for one in drawn), tuple(problems))
 
 
 class _Packed(grain.IterDataset[list[_Drawn]]):
