@@ -8,25 +8,23 @@ python train.py --config configs/stage2_video.py --sweep_index 3 --workdir runs/
 The working directory holds `metrics.jsonl`, TensorBoard's `events/` and `checkpoints/`.
 The same command run again continues from the latest checkpoint, bit for bit. SIGTERM or
 SIGINT (control-C) finishes the step, saves and exits with status 75: run it again to
-continue; a second signal ends it at once.
+continue; a second signal ends it at once. docs/training.md lists the other statuses.
 """
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.util
 import json
 import pathlib
-import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_collections
 from absl import app, flags, logging
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -46,38 +44,34 @@ from timeviper_jax.inference import encode
 from timeviper_jax.layers.lora import LoraConfig, adapted, is_lora, merged
 from timeviper_jax.layers.lora import init as init_lora
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
-from timeviper_jax.training import checkpoint, experiment
+from timeviper_jax.training import checkpoint, experiment, guard, loop
 from timeviper_jax.training.experiment import FrameTask, StageConfig
 from timeviper_jax.training.loss import check_answers
-from timeviper_jax.training.metrics import MetricsWriter, summarise
+from timeviper_jax.training.metrics import MetricsWriter
 from timeviper_jax.training.optimizer import (
     OptimizerConfig,
     make_optimizer,
     make_schedule,
 )
 from timeviper_jax.training.parameters import Params, matching, merge
+from timeviper_jax.training.phases import Phases
+from timeviper_jax.training.signals import STOPPED, StopRequest
 from timeviper_jax.training.step import create_state, make_train_step
+from timeviper_jax.training.validation import Validation
 
-STOPPED = 75  # What sysexits.h calls a temporary failure: try again.
+# Statuses by the names of sysexits.h; signals.STOPPED and phases.HUNG are others.
+NOT_WRITTEN = 74  # An error of input or output.
+BAD_DATA = 65
 
-# How a run is watched may change when it resumes; what it computes may not.
-MAY_CHANGE = {"log_every", "checkpoint_every", "keep_checkpoints"}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
-
-class StopRequest:
-    """True once a signal asked the run to stop; a second signal ends the process."""
-
-    def __init__(self):
-        self._asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, _) -> None:
-        self._asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def __bool__(self) -> bool:
-        return self._asked
+# How a run is watched and where it is computed may change when it resumes; what it
+# computes may not.
+MAY_CHANGE = {
+    *("log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "validation"),
+    *("limits", "mesh", "data.num_threads"),
+}
 
 
 def make_tiny_needles(folder: pathlib.Path) -> None:
@@ -109,16 +103,32 @@ def apply_sweep(c: ml_collections.ConfigDict, index: int, path: str) -> None:
 
 def check_same_run(config: dict, record: checkpoint.RunRecord, workdir: str) -> None:
     """Refuses to continue a run whose config was another."""
+    now, then = dict(fields(config)), dict(fields(record.config))
     differing = [
         name
-        for name in sorted({*config, *record.config} - MAY_CHANGE)
-        if config.get(name) != record.config.get(name)
+        for name in sorted({*now, *then})
+        if now.get(name) != then.get(name)
+        and not {name, name.split(".")[0]} & MAY_CHANGE
     ]
     if differing:
         raise ValueError(
             f"{workdir} holds a run whose config differs in {differing}; give the run"
             " another --workdir, or the config it began with."
         )
+    if record.versions and record.versions != checkpoint.versions():
+        logging.warning(
+            "This run began with %s: it goes on, but no longer bit for bit.",
+            dict(record.versions),
+        )
+
+
+def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The config's values by dotted name; an empty mapping is a value."""
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def make_tokenizer(name: str, vocab_size: int) -> Tokenizer:
@@ -233,15 +243,26 @@ def text_data(
 
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
     """Runs every stage of the config, from wherever the last run got to."""
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(contextlib.closing(StopRequest()))
+        phases = stack.enter_context(contextlib.closing(Phases(c.limits.to_dict())))
+        run_stages(c, workdir, stop, phases)
+
+
+def run_stages(
+    c: ml_collections.ConfigDict, workdir: str, stop: StopRequest, phases: Phases
+) -> None:
+    """The same, for as long as nobody asks to stop."""
     # What there is already.
     config = json.loads(json.dumps(c.to_dict()))
-    stop = StopRequest()
     mesh = sharding.make_mesh(**c.mesh)
-    checkpoints = checkpoint.Checkpoints(workdir, keep=c.keep_checkpoints)
+    keep = checkpoint.Keep(last=c.keep_checkpoints, best=c.keep_best)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=keep)
     resumed = checkpoints.latest()
     if resumed:
         check_same_run(config, resumed, workdir)
     writer = MetricsWriter(workdir, step=resumed.step if resumed else 0)
+    phases.resume(resumed.seconds if resumed else {}, writer.taken_back)
     if c.data.make and not pathlib.Path(c.data.manifest).exists():
         MAKERS[c.data.make](pathlib.Path(c.data.manifest).parent)
 
@@ -252,6 +273,7 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
     }
     tokenizer = make_tokenizer(c.data.tokenizer, base.llm.vocab_size)
     optimizer_config = OptimizerConfig(**c.optimizer)
+    guard_config = guard.GuardConfig(**c.guard)
     lora = experiment.lora_config(config)
     adapt = functools.partial(merged, cfg=lora)
     params = {}
@@ -260,6 +282,15 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
     elif c.init_from:
         params = first_params(c.init_from, c.init_parts, base, mesh)
 
+    watch = loop.Watch(
+        config=config,
+        mesh=mesh,
+        checkpoints=checkpoints,
+        resumed=resumed,
+        writer=writer,
+        phases=phases,
+        stop=stop,
+    )
     before = 0  # Steps of the stages before this one.
     for number, (name, stage) in enumerate(stages.items()):
         first = min(max(resumed.step - before, 0), stage.steps) if resumed else 0
@@ -269,6 +300,7 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
             continue
 
         # What moves, and what stands still.
+        phases.enter("setup")
         cfg = base.with_transv(stage.transv)
         graph, _ = experiment.describe(cfg)
         pairs = {path: array for path, array in params.items() if is_lora(path)}
@@ -281,7 +313,8 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
         optimizer = make_optimizer(
             params, schedule, optimizer_config, stage.lr_multipliers
         )
-        state, places = create_state(params, optimizer, mesh)
+        state, places = create_state(params, optimizer, mesh, guard_config)
+        objective = stage.task.objective(tokenizer)
 
         # The batches; each stage has its own order.
         hosts = dict(
@@ -289,6 +322,7 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        validation = None
         if isinstance(stage.task, FrameTask):
             batches = frames.make_frame_batches(
                 prepared_records(c, "train"),
@@ -297,68 +331,60 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
                 share=stage.task.share,
                 **hosts,
             )
-            check = lambda batch: batch
+            place = lambda batch: sharding.put(batch, mesh)
         else:
             data, store = text_data(c, stage, cfg), None
+            held_out = dataclasses.replace(data, split=c.validation.split)
             if stage.task.cached:
                 model = merge(graph, adapt({**frozen, **state.params}))
                 store = FeatureStore(c.data.features, encode.fingerprint(model))
-                items = manifest.load(data.manifest, data.split)
-                paths = sorted({path for item in items for path in item.media})
-                encode_missing(c, model, store, paths, mesh, data.split, stop)
-            batches = pipeline.make_batches(data, tokenizer, features=store, **hosts)
-            check = functools.partial(
-                check_answers, answer_tokens=stage.task.answer_tokens
+                for some in (data, held_out) if c.validation.every else (data,):
+                    items = manifest.load(some.manifest, some.split)
+                    paths = sorted({path for item in items for path in item.media})
+                    encode_missing(c, model, store, paths, mesh, some.split, stop)
+            begin = functools.partial(
+                pipeline.make_batches, tokenizer=tokenizer, features=store, **hosts
             )
+            batches = begin(data)
+            answer_tokens = stage.task.answer_tokens
+            place = lambda batch, tokens=answer_tokens: sharding.put(
+                check_answers(batch, answer_tokens=tokens), mesh
+            )
+            if c.validation.every:
+                validation = Validation(
+                    *(graph, objective, adapt, mesh),
+                    begin=functools.partial(begin, held_out),
+                    put=place,
+                    count=c.validation.batches,
+                )
         if first:
             state = checkpoints.restore_state(state, batches)
 
-        train_step = jax.jit(
-            make_train_step(
-                graph,
-                stage.task.objective(tokenizer),
-                optimizer,
-                accumulate=stage.accumulate,
-                adapt=adapt,
-            ),
-            donate_argnums=0,
-            out_shardings=(places, NamedSharding(mesh, P())),
+        train_step = make_train_step(
+            *(graph, objective, optimizer),
+            accumulate=stage.accumulate,
+            adapt=adapt,
+            guard_config=guard_config,
         )
-        save = functools.partial(checkpoints.save, frozen=frozen, batches=batches)
-        record = functools.partial(checkpoint.RunRecord, stage=name, config=config)
         logging.info("Stage %s, from step %d of %d.", name, first, stage.steps)
-        window, since = [], time.monotonic()
-        bar = tqdm(
-            total=stage.steps,
-            initial=first,
-            desc=name,
-            unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 15,
+        plan = loop.Plan(
+            name=name,
+            before=before,
+            first=first,
+            steps=stage.steps,
+            train_step=train_step,
+            places=places,
+            frozen=frozen,
+            batches=batches,
+            place=place,
+            schedule=schedule,
+            guard=guard_config,
+            validation=validation,
         )
-        with jax.set_mesh(mesh), bar, contextlib.closing(batches):
-            for step in range(first, stage.steps):
-                # Save before taking a batch, so that a resumed run sees this very one.
-                if stop or (step > first and step % c.checkpoint_every == 0):
-                    save(record(step=before + step, stage_step=step), state)
-                if stop:
-                    checkpoints.close()
-                    logging.warning("Stopped before step %d of %s.", step, name)
-                    sys.exit(STOPPED)
-                batch = sharding.put(check(next(batches)), mesh)
-                state, means = train_step(state, frozen, batch)
-                window.append(means)
-                bar.update()
-                if (step + 1) % c.log_every == 0 or step + 1 == stage.steps:
-                    scalars = summarise(window)  # The host waits for the device here.
-                    scalars["lr"] = float(schedule(step))
-                    seconds = time.monotonic() - since
-                    scalars["steps_per_second"] = len(window) / seconds
-                    writer.write(before + step + 1, scalars, stage=name)
-                    bar.set_postfix(loss=f"{scalars['loss']:.3f}")
-                    window, since = [], time.monotonic()
-            save(record(step=before + stage.steps, stage_step=stage.steps), state)
+        state = loop.Loop(watch, plan, state).run()
         params = {**frozen, **state.params}
         before += stage.steps
+    phases.enter("save")
     checkpoints.close()
     writer.close()
     logging.info("Done: %d steps, kept in %s.", before, workdir)
@@ -402,7 +428,21 @@ def main(argv: list[str]) -> None:
     if values.sweep_index is not None:
         path = config_flags.get_config_filename(values["config"])
         apply_sweep(c, values.sweep_index, path)
-    run(c, values.workdir)
+    try:
+        run(c, values.workdir)
+    except guard.TooManySkipped as error:
+        logging.error("%s", error)
+        sys.exit(BAD_DATA)
+    except OSError as error:
+        if not isinstance(error, checkpoint.SaveError) and not is_of_disk(error):
+            raise
+        logging.error("%s", error)
+        sys.exit(NOT_WRITTEN)
+
+
+def is_of_disk(error: OSError) -> bool:
+    """Whether a file could not be written for want of room or of permission."""
+    return error.errno in (*_NO_ROOM, *_NOT_OURS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,20 @@
-"""What every config file shares: reading the argument after the colon."""
+"""What every config file shares: the argument after the colon, and when to give up."""
 
 import ml_collections
+
+# An update is skipped if its loss or gradient is no number, or (with a window of losses
+# to tell by) its loss a spike; so many in a row end the run.
+GUARD = dict(max_skips=10, spike_window=0, spike_deviations=6.0)
+
+# Seconds of a single stay in each phase of a run, after which it hangs and is ended.
+LIMITS = dict(
+    setup=86_400.0,
+    compile=7_200.0,
+    data=1_800.0,
+    step=1_800.0,
+    save=3_600.0,
+    eval=7_200.0,
+)
 
 _BOOLS = {"": True, "true": True, "false": False}
 

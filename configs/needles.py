@@ -20,7 +20,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import parse_arg
+from configs.common import GUARD, LIMITS, parse_arg
 
 WORDS = (
     *("nothing", "astronaut", "camera", "cat", "coffee", "coin"),
@@ -98,6 +98,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.log_every = 20
     c.checkpoint_every = 100
     c.keep_checkpoints = 2
+    c.keep_best = 0  # Beside those, as many of the lowest validation loss.
+    c.validation = dict(split="heldout", every=0, batches=16)  # Every 0 steps: never.
+    c.guard, c.limits = dict(GUARD), dict(LIMITS)
 
     if arg.smoke:
         c.model.update(preset="tiny")

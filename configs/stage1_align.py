@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import parse_arg
+from configs.common import GUARD, LIMITS, parse_arg
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -78,6 +78,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.log_every = 20
     c.checkpoint_every = 500
     c.keep_checkpoints = 2
+    c.keep_best = 0  # Beside those, as many of the lowest validation loss.
+    c.validation = dict(split="heldout", every=0, batches=16)  # Every 0 steps: never.
+    c.guard, c.limits = dict(GUARD), dict(LIMITS)
 
     if arg.smoke:
         c.model.update(preset="tiny", dtype="float32", rolled=False, remat=False)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from timeviper_jax.training.checkpoint import Checkpoints, load_model, load_para
 from timeviper_jax.training.metrics import MetricsWriter
 
 STEPS = 4
+WALL_TIME = "second|goodput"
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def _wait_for(path, count, process):
 def _metrics(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if k != "steps_per_second"}
+        {k: v for k, v in json.loads(line).items() if not re.search(WALL_TIME, k)}
         for line in lines
     ]
 
@@ -100,7 +102,8 @@ def test_it_learns_and_logs_every_step(unbroken):
 def test_a_run_that_is_killed_continues_bit_for_bit(folder, unbroken):
     workdir = folder / "killed"
     process = _start(folder, workdir)
-    _wait_for(workdir / "metrics.jsonl", 2, process)
+    # A step's save begins once the one before is whole.
+    _wait_for(workdir / "metrics.jsonl", 3, process)
     process.kill()
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors
@@ -109,16 +112,7 @@ def test_a_run_that_is_killed_continues_bit_for_bit(folder, unbroken):
     _assert_same_run(workdir, unbroken)
 
 
-@pytest.fixture
-def handlers():
-    """Leaves the signals as they were."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_a_signal_saves_the_step_it_finishes(folder, unbroken, monkeypatch, handlers):
+def test_a_signal_saves_the_step_it_finishes(folder, unbroken, monkeypatch):
     workdir, write = folder / "asked", MetricsWriter.write
 
     def write_and_ask(self, step, *args, **labels):
@@ -144,7 +138,7 @@ def test_a_finished_run_is_left_alone(folder, unbroken):
 def test_another_config_does_not_continue_a_run(folder, unbroken):
     c = _config(folder)
     c.optimizer.weight_decay = 0.5
-    with pytest.raises(ValueError, match=r"config differs in \['optimizer'\]"):
+    with pytest.raises(ValueError, match=r"differs in \['optimizer.weight_decay'\]"):
         train.run(c, str(unbroken))
 
 
@@ -152,7 +146,7 @@ def test_a_run_can_begin_with_the_parameters_of_another(folder, unbroken, monkey
     c = _config(folder)
     c.init_from = str(unbroken)
     c.seed = 7  # Else the initial values would be the same anyway.
-    monkeypatch.setattr(train, "StopRequest", lambda: True)  # Before the first step.
+    monkeypatch.setattr(train.StopRequest, "__bool__", lambda _: True)
     with pytest.raises(SystemExit):
         train.run(c, str(folder / "second"))
     mesh = sharding.make_mesh(fsdp=-1)
@@ -209,7 +203,7 @@ def _lora_config(folder):
 
 @pytest.mark.slow
 def test_lora_alone_learns_continues_bit_for_bit_and_is_merged_on_export(
-    folder, tmp_path, monkeypatch, handlers
+    folder, tmp_path, monkeypatch
 ):
     whole, stopped, write = (
         tmp_path / "whole",

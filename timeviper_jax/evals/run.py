@@ -86,7 +86,6 @@ class Run:
 
 def load(workdir: str | os.PathLike) -> Run:
     """The run's latest checkpoint; without one it raises `FileNotFoundError`."""
-    # Looked for here, because opening a missing run would create it.
     if not any(pathlib.Path(workdir).glob("checkpoints/*/params")):
         raise FileNotFoundError(
             f"{workdir} holds no checkpoint; train into it first:"

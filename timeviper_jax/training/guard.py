@@ -6,9 +6,11 @@ the next spike is told.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -46,7 +48,8 @@ class GuardState(NamedTuple):
 def init(cfg: GuardConfig) -> GuardState:
     """The state before a stage's first step."""
     return GuardState(
-        losses=jnp.full((cfg.spike_window,), jnp.nan, jnp.float32),
+        # One place at least: checkpoints hold no arrays without elements.
+        losses=jnp.full((max(cfg.spike_window, 1),), jnp.nan, jnp.float32),
         in_row=jnp.zeros((), jnp.int32),
     )
 
@@ -68,3 +71,33 @@ def judge(
         losses=jnp.where(good, later, state.losses),
         in_row=jnp.where(good, 0, state.in_row + 1),
     )
+
+
+class TooManySkipped(RuntimeError):
+    """As many updates in a row were skipped as the config allows."""
+
+
+class SkipLog:
+    """Says which updates were skipped, and ends a run that skips all.
+
+    `in_row` is how many were skipped just before the first that it looks at.
+    """
+
+    def __init__(self, cfg: GuardConfig, in_row: int):
+        self._cfg, self._in_row = cfg, in_row
+
+    def look(self, step: int, samples: Sequence[str], skipped: bool) -> None:
+        """Takes note of a step; to be called in their order."""
+        self._in_row = self._in_row + 1 if skipped else 0
+        if not skipped:
+            return
+        logging.warning(
+            "Step %d skipped: its loss or gradient is no number, or the loss a spike."
+            " Samples: %s",
+            *(step, " ".join(samples)),
+        )
+        if self._in_row >= self._cfg.max_skips:
+            raise TooManySkipped(
+                f"{self._in_row} updates in a row were skipped, the last at step"
+                f" {step}; look at the samples named above, or lower the learning rate."
+            )

@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,21 +47,28 @@ def _mean(parts: Sequence[Mean]) -> float:
 class MetricsWriter:
     """Writes `metrics.jsonl` and TensorBoard events into a run's directory.
 
-    A run that resumes at `step` takes back the lines it had written after it.
+    A run that resumes at `step` takes back the lines it had written after it, and
+    keeps the last of them in `taken_back`. Of several hosts only the first writes.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, step: int = 0):
-        workdir = pathlib.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._path = workdir / "metrics.jsonl"
-        _keep_until(self._path, step)
+        self.taken_back: dict[str, Any] = {}
+        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._take_back(step)
         self._events = tensorboardX.SummaryWriter(
-            str(workdir / "events"), purge_step=step + 1
+            str(self._path.parent / "events"), purge_step=step + 1
         )
 
     def write(self, step: int, scalars: Mapping[str, float], **labels: str) -> None:
         """Adds one line; `labels` say what the numbers are of (a stage's name)."""
+        if not self._writes:
+            return
         line = {"step": step, **labels, **scalars}
+        # First of the two: a full disk raises here, and would block the events.
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         prefix = "/".join(labels.values())
@@ -69,14 +76,18 @@ class MetricsWriter:
             self._events.add_scalar(f"{prefix}/{name}".lstrip("/"), value, step)
 
     def close(self) -> None:
-        self._events.close()
+        if self._writes:
+            self._events.close()
 
-
-def _keep_until(path: pathlib.Path, step: int) -> None:
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    # A line that a killed run left half written has no end.
-    whole = [line for line in lines if line.endswith("}")]
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    def _take_back(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        text = self._path.read_text(encoding="utf-8")
+        # A line that a killed run left half written has no end.
+        lines = [line for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+        later = [line for line in lines if json.loads(line)["step"] > step]
+        if later:
+            self.taken_back = json.loads(later[-1])
+        part = self._path.with_suffix(".part")
+        part.write_text("".join(lines[: len(lines) - len(later)]), encoding="utf-8")
+        part.replace(self._path)

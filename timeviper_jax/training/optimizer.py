@@ -94,6 +94,11 @@ def make_optimizer(
     )
 
 
+def updates_made(opt_state: optax.OptState) -> int:
+    """How many updates this state has behind it: where its schedule stands."""
+    return int(opt_state[-1].count)
+
+
 def _direction(params: Shapes, cfg: OptimizerConfig) -> optax.GradientTransformation:
     """Gradients to updates of the size of Adam's, by Adam or, for matrices, Muon."""
     adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
