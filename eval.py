@@ -2,6 +2,7 @@ r"""Scores a trained TimeViper on the needle questions, or asks it about a video
 
 python eval.py --workdir runs/needles --data data/needles
 python eval.py --workdir runs/needles --data data/needles --frames 32,512 --kinds when
+python eval.py --workdir runs/video --benchmark videomme --data data/videomme
 python eval.py --workdir runs/needles --video holiday.mp4 --ask "When is the cat shown?"
 python eval.py --workdir runs/needles --video holiday.mp4 --interactive
 
@@ -23,8 +24,9 @@ from timeviper_jax.data.needle_questions import KINDS
 from timeviper_jax.data.redundancy import changed_times
 from timeviper_jax.data.tokenizer import Tokenizer
 from timeviper_jax.data.video import VideoError
-from timeviper_jax.evals import report, run, runner
+from timeviper_jax.evals import report, run, runner, scoring
 from timeviper_jax.evals.needles import FRAMES, NeedleBenchmark
+from timeviper_jax.evals.published import SPECS, PublishedBenchmark
 from timeviper_jax.evals.watched import Asking, Watched, watch
 from timeviper_jax.inference.sampling import Decoding
 
@@ -172,6 +174,43 @@ def run_controls(run_: run.Run, benchmark: NeedleBenchmark) -> dict[str, dict]:
     return found
 
 
+def score_published(values: flags.FlagValues) -> None:
+    """Asks a published benchmark's questions; stopped at any moment, it goes on."""
+    if not values["data"].present:
+        raise ValueError(f"Name the folder of {values.benchmark}: --data DIR.")
+    name, workdir = values.benchmark, pathlib.Path(values.workdir)
+    out = pathlib.Path(values.out or workdir / "eval" / name)
+    plan = scoring.Plan(
+        out=out,
+        likeliest=values.form == "likelihood",
+        shard=scoring.parse_shard(values.shard),
+        replicas=values.replicas,
+        worst=values.worst,
+        settings={"checkpoint": scoring.checkpoint(workdir)},
+    )
+    with scoring.tools(
+        name,
+        out,
+        judge=values.judge,
+        judge_model=values.judge_model,
+        meteor_jar=values.meteor_jar,
+    ) as tools:
+        benchmark = PublishedBenchmark(
+            name=name,
+            data=values.data,
+            max_frames=values.benchmark_frames,
+            subtitles=values.subtitles,
+            only=tuple(values.only),
+            limit=values.limit,
+            seed=values.seed,
+            skip_missing=values.skip_missing,
+            tools=tools,
+        )
+        # What the folder lacks should be known before a model is loaded.
+        logging.info("%d questions of %s.", len(benchmark.entries), name)
+        print(scoring.score(run.load(workdir), benchmark, plan))
+
+
 def define_flags(values: flags.FlagValues) -> None:
     """The command line; the model's own settings come with its checkpoint."""
     here = dict(flag_values=values)
@@ -187,6 +226,22 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("max_questions", 0, "Of each length and kind; 0 for all.", **here)
     flags.DEFINE_bool("controls", False, "Also ask without the right video.", **here)
     text("out", "", "Where to write; WORKDIR/eval by default.", **here)
+    # Published benchmarks: docs/evaluation.md.
+    names = ["needles", *SPECS]
+    flags.DEFINE_enum("benchmark", "needles", names, "What is asked.", **here)
+    flags.DEFINE_bool("subtitles", False, "Also show what is said.", **here)
+    flags.DEFINE_multi_string("only", [], "Ids or groups (task=count, *).", **here)
+    integer("limit", 0, "Draw so many questions by --seed; 0: all.", **here)
+    integer("benchmark_frames", 256, "A video's most frames.", **here)
+    forms = ["generate", "likelihood"]
+    flags.DEFINE_enum("form", "generate", forms, "How options are chosen.", **here)
+    text("shard", "0/1", "This host's part of the questions, as 2/8.", **here)
+    integer("replicas", 1, "Copies of the model on this host's devices.", **here)
+    integer("worst", 20, "Answers shown in worst.html.", **here)
+    flags.DEFINE_bool("skip_missing", False, "Leave out lost videos.", **here)
+    text("judge", "", "Who judges captions: http://HOST:PORT/v1.", **here)
+    text("judge_model", "", "The judge's name for its model.", **here)
+    text("meteor_jar", "", "Where meteor-1.5.jar is.", **here)
     # Questions.
     text("video", None, "A video, an image, or a folder of images.", **here)
     flags.DEFINE_multi_string("ask", [], "A question about --video.", **here)
@@ -214,7 +269,12 @@ def execute(values: flags.FlagValues) -> None:
             raise ValueError(
                 "Give --video together with --ask or --interactive, or none of them."
             )
-        ask(values) if values.video else score(values)
+        if values.video:
+            ask(values)
+        elif values.benchmark == "needles":
+            score(values)
+        else:
+            score_published(values)
     except (BlockingIOError, FileNotFoundError, ValueError, VideoError) as error:
         sys.exit(f"error: {error}")
 

@@ -15,7 +15,8 @@ class Question:
     """One question about the frames of a video at `times`.
 
     `turns` end where the model is to speak; `answer_prefix` are its first words.
-    `notes` say under what the question is filed.
+    `notes` say under what the question is filed. One with `choices` can also be
+    answered by the likeliest of them.
     """
 
     id: str
@@ -25,6 +26,7 @@ class Question:
     answer: str
     notes: dict[str, Any]
     answer_prefix: str = ""
+    choices: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -39,7 +41,7 @@ class Record:
     video: str
     frames: int
     kind: str
-    depth: float  # Where in the video the answer lies, 0 to 1.
+    depth: float | None  # Where in the video the answer lies, 0 to 1, if known.
     answer: str
     given: str
     scores: dict[str, float]

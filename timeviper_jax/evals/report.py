@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from timeviper_jax.evals.base import Record
 
@@ -56,6 +57,15 @@ def summarise(
 
 def interval(scores: Sequence[tuple[str, float]], *, seed: int = 0) -> dict[str, float]:
     """The mean of (video, score) pairs and its bootstrap interval."""
+    mean, means = resample(scores, seed=seed)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"value": mean, "low": float(low), "high": float(high)}
+
+
+def resample(
+    scores: Sequence[tuple[str, float]], *, seed: int
+) -> tuple[float, Float64[np.ndarray, "B"]]:
+    """The mean of (video, score) pairs, and means over videos drawn anew."""
     videos, index = np.unique([video for video, _ in scores], return_inverse=True)
     sums = np.bincount(index, weights=[score for _, score in scores])
     counts = np.bincount(index)
@@ -63,9 +73,7 @@ def interval(scores: Sequence[tuple[str, float]], *, seed: int = 0) -> dict[str,
     n = len(videos)
     times_drawn = rng.multinomial(n, np.full(n, 1 / n), size=_DRAWS)
     means = (times_drawn @ sums) / (times_drawn @ counts)
-    low, high = np.quantile(means, [0.025, 0.975])
-    mean = sums.sum() / counts.sum()
-    return {"value": float(mean), "low": float(low), "high": float(high)}
+    return float(sums.sum() / counts.sum()), means
 
 
 def paired(
