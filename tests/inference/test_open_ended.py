@@ -14,17 +14,24 @@ from timeviper_jax.inference.open_ended import (
     split_around,
 )
 from timeviper_jax.inference.sampling import Decoding
-from timeviper_jax.inference.viewer import Viewer
+from timeviper_jax.inference.viewer import Viewer, ViewerConfig
 
 ONE = dataclasses.replace(CFG, video_rows=1, question_rows=1, chunk=8, text_chunk=8)
 LONG = prompt(11, 5)
 BEFORE, QUESTION = split_around(text_of(LONG))
 
 
-def begin(stages: str, policy: str = "blocks", block: int = 2, cfg=ONE):
-    viewer = Viewer(model(stages), cfg)
-    open_ended = OpenEndedConfig(policy=policy, block_frames=block)
-    return OpenEndedVideo(viewer, BEFORE, open_ended)
+def begin(
+    stages: str,
+    policy: str = "blocks",
+    block: int = 2,
+    cfg: ViewerConfig = ONE,
+    expected: int = 0,
+) -> OpenEndedVideo:
+    open_ended = OpenEndedConfig(
+        policy=policy, block_frames=block, expected_frames=expected
+    )
+    return OpenEndedVideo(Viewer(model(stages), cfg), BEFORE, open_ended)
 
 
 def feed(video: OpenEndedVideo, stop: int, at_once: int = 12) -> None:
@@ -124,6 +131,18 @@ def test_caches_double_and_nothing_else_compiles():
     (passage,) = video.memory.passages
     assert (passage.dropped.counts.item(), passage.dropped.capacity) == (116, 128)
     assert run._cache_size() - before == len(sizes) == 1 + 2
+
+
+def test_what_is_expected_has_room_from_the_start():
+    cfg = dataclasses.replace(ONE, chunk=7, text_room=8)
+    video = begin("layer0", "blocks", block=5, cfg=cfg, expected=84)
+    sizes = lambda memory: (
+        [s.capacity for s in memory.stretches],
+        [passage.dropped.capacity for passage in memory.passages],
+    )
+    assert sizes(video.memory) == ([None, 64], [128])
+    feed(video, 11)
+    assert sizes(video.memory) == ([None, 64], [128])
 
 
 def test_what_is_kept_is_counted():

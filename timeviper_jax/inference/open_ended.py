@@ -42,16 +42,23 @@ POLICIES = ("exact", "blocks", "ranked")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenEndedConfig:
-    """How a video without an end is thinned; see above. "exact" has no blocks."""
+    """How a video without an end is thinned, see above; "exact" has no blocks.
+
+    Caches are made for `expected_frames`, and double whenever they are full; each size
+    has its own programs, so that what is expected compiles once.
+    """
 
     policy: Literal["exact", "blocks", "ranked"] = "blocks"
     block_frames: int = 256
+    expected_frames: int = 0
 
     def __post_init__(self):
         if self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r} is not in {POLICIES}.")
         if self.block_frames < 1:
             raise ValueError(f"block_frames={self.block_frames}; use 1 or more.")
+        if self.expected_frames < 0:
+            raise ValueError(f"expected_frames={self.expected_frames}; use 0 or more.")
 
 
 def split_around(prompt: EncodedText) -> tuple[EncodedText, EncodedText]:
@@ -84,15 +91,20 @@ class OpenEndedVideo:
         ranks = [stage.select == "attention" for stage in stages]
         exact = [True for _ in stages]
         waits = dict(exact=exact, ranked=ranks, blocks=[False for _ in stages])
-        block = cfg.block_frames * self._reader.tokens_per_frame
-        none, waits = np.zeros(1, int), waits[cfg.policy]
-        if cfg.policy == "exact":
-            block = 0
-        else:
+        waits, block = waits[cfg.policy], 0
+        if cfg.policy != "exact":
+            block = cfg.block_frames * self._reader.tokens_per_frame
             _check_block(cfg, stages, waits, block)
-        state = self._reader.begin(text=none, vision=none, waits=waits, block=block)
+        state = self._reader.begin(
+            text=np.array([len(before.tokens)]),
+            vision=np.array([cfg.expected_frames * self._reader.tokens_per_frame]),
+            waits=waits,
+            block=block,
+        )
         self._state: Memory | None = dataclasses.replace(
-            state, unread=self._tokens(before.tokens, before.roles)
+            state,
+            unread=self._tokens(before.tokens, before.roles),
+            vision_counts=np.zeros(1, int),
         )
         self._read()
 

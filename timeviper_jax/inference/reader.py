@@ -89,15 +89,15 @@ class Reader:
 
         Args:
           text: How many tokens of each row are text.
-          vision: And how many are vision tokens, all that there will be; unless they
-            are selected within blocks, or all stages wait.
+          vision: And how many are vision tokens. All, or as many as are expected, where
+            stages select within blocks or all of them wait.
           waits: For each stage, whether it waits for a question.
           block: Vision tokens within which each stage spreads what it keeps; with 0 it
             spreads it over the whole video.
         """
         per = np.full(len(vision), block) if block else vision
-        tokens = 0 if block else int((text + vision).max(initial=0))
         layers, *_ = self.llm.segments
+        tokens = int((text + vision).max(initial=0))
         state = Memory(
             stretches=(self._stretch(layers, len(vision), tokens),),
             passages=(),
@@ -105,7 +105,8 @@ class Reader:
             unread=None,
             vision_counts=vision,
         )
-        return self._open(state, spreads(self.llm.transv, per, per), waits, text, block)
+        thinned = spreads(self.llm.transv, per, per)
+        return self._open(state, thinned, waits, text, vision / np.maximum(per, 1))
 
     def _open(
         self,
@@ -113,19 +114,22 @@ class Reader:
         thinned: Sequence[Spread],
         waits: Sequence[bool],
         text: Int[np.ndarray, "B"],
-        block: int,
+        times: Float[np.ndarray, "B"],
     ) -> Memory:
-        """With the passages and stretches up to the next stage that waits."""
+        """With the passages and stretches up to the next stage that waits.
+
+        There is room for `text` and for what is kept and dropped so many `times`.
+        """
         for spread, wait in zip(thinned, waits, strict=True):
             if wait:
                 held = Held(on_host=self.cfg.residual_on == "host", rows=state.rows)
                 return dataclasses.replace(state, held=held)
             number = len(state.passages)
-            dropped = 0 if block else int((spread.present - spread.kept).max())
-            tokens = 0 if block else int((text + spread.kept).max())
-            passage = self._passage(number, spread, state.rows, dropped)
+            kept = np.ceil(times * spread.kept)
+            dropped = np.ceil(times * (spread.present - spread.kept))
+            passage = self._passage(number, spread, state.rows, int(dropped.max()))
             layers = self.llm.segments[number + 1]
-            stretch = self._stretch(layers, state.rows, tokens)
+            stretch = self._stretch(layers, state.rows, int((text + kept).max()))
             state = dataclasses.replace(
                 state,
                 passages=(*state.passages, passage),
@@ -302,7 +306,7 @@ class Reader:
         if kept is None:
             kept = thinned[0].keeps(roles, np.zeros_like(present))
         state = dataclasses.replace(state, held=None)
-        state = self._open(state, thinned, waits, text, block=0)
+        state = self._open(state, thinned, waits, text, np.ones(len(text)))
         C = self.cfg.chunk
         for i, (x, chunk_roles) in enumerate(held):
             here = kept[:, i * C : (i + 1) * C]
