@@ -12,13 +12,17 @@ export JAX_PLATFORMS ?= cpu
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: demo claim test slow test-parity lint format setup clean
+.PHONY: demo claim long test slow test-parity lint format setup clean
 
 demo: setup
 	$(RUN) -m timeviper_jax.benchmarks.needles
 
 claim: setup
 	$(RUN) -m timeviper_jax.benchmarks.needles --seeds 3
+
+# Goes on from `make demo` with long videos, and maps needles to 10,240 frames.
+long: setup
+	$(RUN) -m timeviper_jax.benchmarks.needle_long
 
 test: setup lint
 	$(PYTEST) -m "not slow"

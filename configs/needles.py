@@ -4,6 +4,8 @@ python -m timeviper_jax.data.needles --out data/needles
 python train.py --config configs/needles.py --workdir runs/needles
 python train.py --config configs/needles.py:arm=transv \
     --config.init_from=runs/needles --workdir runs/needles_transv
+python train.py --config configs/needles.py:long --config.init_from=runs/needles \
+    --workdir runs/needles_long
 python train.py --config configs/needles.py:smoke --workdir runs/needles_smoke
 python train.py --config configs/needles.py --sweep_index 1 --workdir runs/needles_1
 
@@ -11,7 +13,9 @@ An encoder that has seen nothing is warmed up on single frames and then frozen; 
 stored features the language model learns to answer: first about glimpses, a few moments
 far apart, then about scenes of 32 seconds, then of 32 to 512 packed into the same rows.
 An `arm` goes on from there: with nothing dropped, with nine vision tokens in ten
-dropped, or with TransV at that rate.
+dropped, or with TransV at that rate. `long` goes on from there too, with all questions
+about a scene at once, so that long ones are worth their price; an arm can go on from
+that at longer lengths (`arm=drop,long`).
 `smoke` trains four steps of each stage on a few videos that it makes first.
 """
 
@@ -38,7 +42,7 @@ ARMS = {
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the whole experiment; nothing else decides how a run behaves."""
-    arg = parse_arg(arg, smoke=False, arm="")
+    arg = parse_arg(arg, smoke=False, arm="", long=False)
     if arg.arm and arg.arm not in ARMS:
         raise ValueError(f"arm={arg.arm!r} is not one of {sorted(ARMS)}.")
     c = ml_collections.ConfigDict()
@@ -87,6 +91,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.stages.scenes = answer(32, steps=250, batch_size=32, lr=3e-3)
     c.stages.mixed = answer(32, 128, 512, steps=130, batch_size=2, lr=1.5e-3)
     c.stages.arm = answer(32, steps=100, batch_size=32, lr=1.2e-3)
+    if arg.long:  # One long scene and a question, or four short ones, fill a row.
+        c.stages.long = dialogues(32, 128, 512, steps=600, batch_size=2, lr=1.5e-3)
+        c.stages.arm = answer(128, 512, steps=150, batch_size=4, lr=1.2e-3)
+        c.stages.arm.task.update(text_tokens=144, answer_tokens=64, num_segments=4)
     for stage in c.stages.values():
         stage.accumulate, stage.transv, stage.lr_multipliers = 1, (), ()
     if arg.arm:
@@ -95,6 +103,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         # The paper's ratio of learning rates; a closed gate hardly opens without it.
         c.stages.arm.lr_multipliers = ((r"^llm/transv/", 5.0),)
     c.stage_order = ("arm",) if arg.arm else ("warmup", "glimpses", "scenes", "mixed")
+    if arg.long and not arg.arm:
+        c.stage_order = ("long",)
     c.log_every = 20
     c.checkpoint_every = 100
     c.keep_checkpoints = 2
@@ -141,6 +151,18 @@ def answer(*seconds: int, steps: int, batch_size: int, lr: float) -> dict[str, A
         lr=lr,
         frozen=(r"^vision/",),
     )
+
+
+def dialogues(*seconds: int, steps: int, batch_size: int, lr: float) -> dict[str, Any]:
+    """A stage that learns from all questions about a scene, watched once."""
+    stage = answer(max(seconds), steps=steps, batch_size=batch_size, lr=lr)
+    stage["task"] |= dict(
+        where=(("dialogue", seconds),),
+        text_tokens=672,
+        answer_tokens=336,
+        num_segments=4,
+    )
+    return stage
 
 
 def sweep() -> Iterator[dict[str, Any]]:

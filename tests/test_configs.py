@@ -57,6 +57,13 @@ def test_every_stage_fits_its_model(name, arg):
         )
 
 
+@pytest.mark.parametrize("arg", ["long", "arm=drop,long"])
+def test_long_stages_fit_too(arg):
+    test_every_stage_fits_its_model("needles", arg)
+    (stage,) = get_config("needles", arg).stage_order
+    assert stage == arg.partition("=")[0]
+
+
 def test_a_sweep_names_real_fields(name):
     for overrides in importlib.import_module(f"configs.{name}").sweep():
         c = get_config(name).lock()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from timeviper_jax.benchmarks import needles
+from timeviper_jax.benchmarks import needle_long, needles
 from timeviper_jax.benchmarks.needles import Ledger, Step, only_one, perform
 
 
@@ -73,3 +73,22 @@ def test_arms_differ_in_their_compression_alone(tmp_path):
         assert f"configs/needles.py:arm={arm} " in command
         assert f"--config.seed={seed or 0} " in command
         assert f"--config.init_from={tmp_path}/base" in command
+
+
+def test_long_arms_go_on_from_the_long_base_and_that_from_the_demo(tmp_path):
+    args = needles._parse(["--workdir", str(tmp_path), "--seeds", "2"])
+    data, base, *arms, drawn = needle_long.steps(args)
+    assert data == needles.make_data(args)
+    command = " ".join(base.command)
+    assert f"{needles.CONFIG}:long " in command
+    assert f"--config.init_from={tmp_path}/base" in command
+    assert len(arms) == 6
+    for arm in arms:
+        assert f"--config.init_from={tmp_path}/long/base" in arm.command
+        assert any(part.endswith(",long") for part in arm.command)
+        assert arm.makes.parent == drawn.makes.parent.parent == tmp_path / "long"
+
+
+def test_going_on_from_nothing_is_one_clear_line(tmp_path):
+    with pytest.raises(SystemExit, match="error: .*/base holds no checkpoint"):
+        needle_long.main(["--workdir", str(tmp_path)])

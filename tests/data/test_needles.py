@@ -417,7 +417,7 @@ def test_manifest_items_say_what_their_scene_says(data):
 def test_the_pipeline_reads_the_manifest(data):
     for split in needles.SPLITS:
         items = manifest.load(data / "data.yaml", split)
-        items = [item for item in items if not item.id.startswith(needles.GLIMPSES)]
+        items = [item for item in items if item.id.startswith(split)]
         assert len(items) == len(needles.read_lines(data / f"{split}.jsonl"))
         assert all(pathlib.Path(path).is_file() for path in items[0].media)
         assert items[0].notes["split"] == split
@@ -608,3 +608,27 @@ def test_glimpses_show_a_needle_as_it_appears_ends_and_is_gone():
             assert {start, stop - 1, stop} <= set(seconds)
     kinds = {item["needle"]["kind"] for item in filter(None, drawn)}
     assert kinds == {"when", "mcq", "what", "first"}
+
+
+def test_dialogues_ask_all_questions_of_a_scene_once(data):
+    singles = collections.defaultdict(list)
+    for item in needles.read_lines(data / "train.jsonl"):
+        asked, answer = (turn["value"] for turn in item["conversations"])
+        pair = asked.removeprefix("<image>\n"), answer
+        singles[item["needle"]["scene"]].append(pair)
+    dialogues = needles.read_lines(data / "dialogues.jsonl")
+    assert [d["id"] for d in dialogues] == [f"dialogue/{scene}" for scene in singles]
+    reordered = 0
+    for dialogue, pairs in zip(dialogues, singles.values(), strict=True):
+        values = [turn["value"] for turn in dialogue["conversations"]]
+        assert [v.startswith("<image>\n") for v in values] == [True] + [False] * (
+            len(values) - 1
+        )
+        values[0] = values[0].removeprefix("<image>\n")
+        turns = list(zip(values[::2], values[1::2], strict=True))
+        assert sorted(turns) == sorted(pairs)
+        reordered += turns != pairs
+        length = dialogue["video_end"] - dialogue["video_start"]
+        # Not under "frames", where those look who want single questions.
+        assert dialogue["needle"] == {"dialogue": length, "split": "train"}
+    assert reordered > len(dialogues) / 2

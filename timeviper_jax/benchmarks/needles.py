@@ -40,22 +40,13 @@ class Step:
 
 def steps(args: argparse.Namespace) -> Iterator[Step]:
     """Everything that is to be done, in order."""
-    python, work, data = sys.executable, args.workdir, args.data
-    yield Step(
-        name="data",
-        says="long videos in which photographs appear, and questions about them",
-        command=(
-            *(python, "-m", "timeviper_jax.data.needles", "--out", str(data)),
-            *("--seed", str(args.data_seed), "--scale", str(args.scale)),
-        ),
-        makes=data,
-    )
-    base = work / "base"
-    yield _train("base", "a model that answers", CONFIG, base, args, args.seed)
+    work, base = args.workdir, args.workdir / "base"
+    yield make_data(args)
+    yield train("base", "a model that answers", CONFIG, base, args, args.seed)
     runs = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
     for arm, seed in runs:
         name = run_name(arm, seed)
-        yield _train(
+        yield train(
             *(f"train {name}", f"the arm {arm}", f"{CONFIG}:arm={arm}", work / name),
             *(args, args.seed + seed, f"--config.init_from={base}"),
         )
@@ -65,8 +56,8 @@ def steps(args: argparse.Namespace) -> Iterator[Step]:
         name="report",
         says="the arms beside each other",
         command=(
-            *(python, "-m", "timeviper_jax.evals.compare", "--workdir", str(work)),
-            *("--seeds", str(args.seeds)),
+            *(sys.executable, "-m", "timeviper_jax.evals.compare"),
+            *("--workdir", str(work), "--seeds", str(args.seeds)),
         ),
         makes=work / "report.json",
         again=True,
@@ -74,11 +65,24 @@ def steps(args: argparse.Namespace) -> Iterator[Step]:
     yield _ask(args)
 
 
+def make_data(args: argparse.Namespace) -> Step:
+    return Step(
+        name="data",
+        says="long videos in which photographs appear, and questions about them",
+        command=(
+            *(sys.executable, "-m", "timeviper_jax.data.needles"),
+            *("--out", str(args.data), "--seed", str(args.data_seed)),
+            *("--scale", str(args.scale)),
+        ),
+        makes=args.data,
+    )
+
+
 def run_name(arm: str, seed: int) -> str:
     return arm if seed == 0 else f"{arm}_{seed}"
 
 
-def _train(
+def train(
     name: str,
     says: str,
     config: str,
@@ -87,6 +91,7 @@ def _train(
     seed: int,
     *more: str,
 ) -> Step:
+    """One run of train.py on the demo's data."""
     data = args.data
     return Step(
         name=name,
@@ -211,6 +216,16 @@ def perform(step: Step, ledger: Ledger, lock: int) -> None:
         raise SystemExit(f"error: {step.name} failed with status {code}; see above.")
 
 
+def perform_all(steps: Iterator[Step], workdir: pathlib.Path) -> float:
+    """Does what is left to do in a directory; the seconds that all of it took."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    with only_one(workdir) as lock:
+        ledger = Ledger(workdir)
+        for step in steps:
+            perform(step, ledger, lock)
+    return ledger.seconds
+
+
 @contextlib.contextmanager
 def only_one(workdir: pathlib.Path) -> Iterator[int]:
     """Holds the directory's lock; the system frees it when the last holder ends."""
@@ -238,6 +253,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_flags(parser, frames="32,512,2048,10240")
+    return parser.parse_args(argv)
+
+
+def add_flags(parser: argparse.ArgumentParser, *, frames: str) -> None:
+    """What the demo and all that goes on from it can be told."""
     add, folder = parser.add_argument, pathlib.Path
     add("--workdir", type=folder, default=folder("runs/demo"), help="all that is made")
     add("--data", type=folder, default=folder("data/needles"), help="the videos")
@@ -245,8 +266,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data_seed", type=int, default=0, help="of the videos")
     add("--scale", type=float, default=1.0, help="times the counts of videos")
     add("--seeds", type=int, default=1, help="trainings of each arm")
-    add("--frames", default="32,512,2048,10240", help="lengths that are evaluated")
-    return parser.parse_args(argv)
+    add("--frames", default=frames, help="lengths that are evaluated")
 
 
 def _interrupt(*_: object) -> None:
@@ -255,14 +275,10 @@ def _interrupt(*_: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
-    with only_one(args.workdir) as lock:
-        ledger = Ledger(args.workdir)
-        for step in steps(args):
-            perform(step, ledger, lock)
-        report = args.workdir / "report.json"
-        _note_seconds(report, ledger.seconds)
-    print(f"\n{ledger.seconds:.0f} seconds in all. Written:")
+    seconds = perform_all(steps(args), args.workdir)
+    report = args.workdir / "report.json"
+    _note_seconds(report, seconds)
+    print(f"\n{seconds:.0f} seconds in all. Written:")
     print(f"  {report}\n  {report.with_name('needles.png')}")
 
 

@@ -34,6 +34,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from timeviper_jax.data import needle_dialogues as dialogues
 from timeviper_jax.data import needle_glimpses as glimpses
 from timeviper_jax.data import needle_handmade as handmade
 from timeviper_jax.data import needle_questions as questions
@@ -43,7 +44,7 @@ from timeviper_jax.data.needle_scenes import Scene, SceneConfig, Showing, draw_s
 from timeviper_jax.data.tokenizer import train_bpe
 
 SPLITS = ("train", "heldout", "heldout_views")
-GLIMPSES = "glimpses"
+GLIMPSES, DIALOGUES = "glimpses", "dialogues"
 VOCABULARY = 512
 MOST_FRAMES = 10_240
 PACK_SIZE = 16
@@ -193,7 +194,9 @@ def make(out: pathlib.Path, cfg: NeedlesConfig, workers: int) -> None:
     for split in SPLITS:
         _write_manifests(split, [f for f in files if f.split == split], cfg, out)
     _write_glimpses([f for f in files if f.name.startswith("reel00032")], cfg, out)
-    datasets = [*((split, split) for split in SPLITS), ("train", GLIMPSES)]
+    _write_dialogues(cfg, out)
+    datasets = [(split, split) for split in SPLITS]
+    datasets += [("train", GLIMPSES), ("train", DIALOGUES)]
     _write(out / "data.yaml", "data:\n" + "".join(_dataset(*d) for d in datasets))
     if not (out / "tokenizer.json").exists():
         _train_tokenizer(out)
@@ -306,6 +309,15 @@ def _write_glimpses(reels: list[File], cfg: NeedlesConfig, out: pathlib.Path) ->
         if item is not None:
             items.append(item | {"id": f"{GLIMPSES}/{len(items)}"})
     _write(path, "".join(json.dumps(item) + "\n" for item in items))
+
+
+def _write_dialogues(cfg: NeedlesConfig, out: pathlib.Path) -> None:
+    """Writes each training scene's questions as one item, unless they are there."""
+    path = out / f"{DIALOGUES}.jsonl"
+    if not path.exists():
+        rng = np.random.default_rng([cfg.seed, 4])
+        items = dialogues.join(rng, read_lines(out / "train.jsonl"))
+        _write(path, "".join(json.dumps(item) + "\n" for item in items))
 
 
 def _train_tokenizer(out: pathlib.Path) -> None:
