@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from timeviper_jax import sharding
 from timeviper_jax.data.conversation import EncodedText, encode_prompt
-from timeviper_jax.data.examples import Example
+from timeviper_jax.data.examples import Example, Role
 from timeviper_jax.data.video import iter_frames
 from timeviper_jax.evals.base import Benchmark, Question, Record
 from timeviper_jax.evals.run import Run
@@ -108,6 +108,18 @@ class Asker:
         answers = self._viewer.ask(memory, texts, decoding=self._decoding, **arguments)
         decode = self._run.tokenizer.decode
         return [(q, decode(ids)) for q, ids in zip(asked, answers, strict=True)]
+
+    def loss(self, question: Question, continuation: str) -> tuple[float, bool]:
+        """The mean loss of the continuation's tokens; whether all are the likeliest."""
+        prompt = _prompt(self._run, question)
+        memory = self._viewer.watch([_watched(prompt, question, self._features)])
+        _, text = split_prompt(prompt)
+        ids = self._run.tokenizer.encode(continuation)
+        begun = [_begun(text, ids[:i]) for i in range(len(ids))]
+        logits = self._viewer.logits(memory, begun, rows=[0] * len(ids))
+        logits = logits.astype(np.float64)
+        losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(ids)), ids]
+        return float(losses.mean()), bool((logits.argmax(1) == ids).all())
 
     def _choose(self, question: Question, logits: np.ndarray) -> str:
         """The choice whose first token is the likeliest to come next."""
@@ -242,6 +254,16 @@ def _prompt(run_: Run, question: Question) -> EncodedText:
         run_.template,
         tokens_per_frame=run_.model.cfg.tokens_per_frame,
         answer_prefix=question.answer_prefix,
+    )
+
+
+def _begun(text: EncodedText, ids: Sequence[int]) -> EncodedText:
+    """A question whose answer begins with these tokens."""
+    more = len(ids)
+    return EncodedText(
+        tokens=np.append(text.tokens, np.array(ids, np.int32)),
+        roles=np.append(text.roles, np.full(more, Role.ANSWER, np.int32)),
+        loss_mask=np.append(text.loss_mask, np.zeros(more, bool)),
     )
 
 
