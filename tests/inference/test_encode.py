@@ -1,6 +1,10 @@
 """Stored features: each video its own, however batched; named by the encoder."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.inference import eight_devices
 from tests.tiny import build
 from tests.training import mini
 from timeviper_jax import sharding
@@ -191,3 +196,19 @@ def test_fewer_frames_than_promised_are_an_error(tmp_path):
         encoding(fake_batches([range(4)]), fake, file) as features,
     ):
         features[:9]
+
+
+@pytest.mark.slow
+def test_all_devices_encode_a_batch_together(model):
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.inference.eight_devices"],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["shards"] == [8 * [2], 8 * [2]]
+    want = merge(*model).encode(jnp.asarray(eight_devices.frames(21)))
+    np.testing.assert_allclose(found["features"], want, rtol=2e-3, atol=2e-3)  # float16
