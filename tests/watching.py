@@ -59,9 +59,11 @@ CFG = ViewerConfig(
 
 
 @functools.cache
-def model(stages: str) -> TimeViper:
+def model(stages: str, dtype: str = "float32") -> TimeViper:
     sizes = PLAIN if stages.startswith("plain") else SIZES
     cfg = sizes.with_transv(STAGES[stages])
+    llm = dataclasses.replace(cfg.llm, dtype=dtype)
+    cfg = dataclasses.replace(cfg, llm=llm)
     return tiny.build(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
 
 
@@ -108,9 +110,12 @@ SIZE = RowSize(num_frames=12, text_tokens=24, tokens_per_frame=V)
 
 
 def one_pass(
-    stages: str, examples: list[Example], *choices: np.ndarray | None
+    stages: str,
+    examples: list[Example],
+    *choices: np.ndarray | None,
+    dtype: str = "float32",
 ) -> np.ndarray:
     """The logits after the last token of each, by the model's forward pass."""
     rows = [[example] for example in examples] + [[]] * (3 - len(examples))
-    logits = _last_logits(model(stages), collate(rows, SIZE), choices)
+    logits = _last_logits(model(stages, dtype), collate(rows, SIZE), choices)
     return np.asarray(logits)[: len(examples)]

@@ -50,6 +50,32 @@ def test_the_chunk_size_changes_nothing(chunk, text_chunk):
     np.testing.assert_allclose(got, one_pass("uniform_attention", asked), **FLOAT32)
 
 
+def test_rows_of_which_stages_keep_unlike_many_are_one_pass():
+    words = np.full(5, Role.TEXT, np.int32)
+    wordy = dataclasses.replace(
+        SHORT,
+        tokens=np.concatenate([words, SHORT.tokens]),
+        roles=np.concatenate([words, SHORT.roles]),
+        loss_mask=np.zeros(5 + len(SHORT.tokens), bool),
+    )
+    asked = [LONG, wordy]
+    viewer, memory = watch("uniform_attention", asked)
+    got = viewer.logits(memory, [parts(e)[1] for e in asked])
+    np.testing.assert_allclose(got, one_pass("uniform_attention", asked), **FLOAT32)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_near_in_chunks_as_in_one_pass():
+    viewer = Viewer(model("layer0", "bfloat16"), CFG)
+    memory = viewer.watch([parts(e)[0] for e in (LONG, SHORT)])
+    got = viewer.logits(memory, [parts(e)[1] for e in (LONG, SHORT)])
+    want = one_pass("layer0", [LONG, SHORT])
+    whole = one_pass("layer0", [LONG, SHORT], dtype="bfloat16")
+    error = lambda logits: np.sqrt(np.mean((logits - want) ** 2))
+    assert 0 < error(whole) < 0.05 * want.std()
+    assert error(got) < 1.5 * error(whole)
+
+
 @pytest.mark.parametrize(
     "stages", ["none", "uniform_attention", "plain_uniform_attention"]
 )
