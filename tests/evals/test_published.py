@@ -188,6 +188,23 @@ def test_subtitles_of_the_frames_come_before_the_question(folder):
     assert last.turns[0].content[1].startswith(none)
 
 
+def test_a_missing_folder_of_subtitles_is_named(folder):
+    fixtures.videomme(folder)
+    (folder.root / "subtitle/a.srt").unlink()
+    (folder.root / "subtitle").rmdir()
+    asked = PublishedBenchmark(name="videomme", data=str(folder.root), subtitles=True)
+    with pytest.raises(DataError, match="a.srt: its folder of subtitles is not there"):
+        asked.questions()
+
+
+def test_a_subtitle_without_a_time_is_named(folder):
+    fixtures.videomme(folder)
+    folder.text("subtitle/a.srt", "1\n00:00 --> 00:02\nHello")
+    asked = PublishedBenchmark(name="videomme", data=str(folder.root), subtitles=True)
+    with pytest.raises(DataError, match="a.srt: '00:00' is no time"):
+        asked.questions()
+
+
 def test_subtitles_of_a_part_have_its_clock(folder):
     first, _ = benchmark("longvideobench", folder, subtitles=True).questions()
     said = "Subtitles of the video:\nFirst.\nLast.\nWhich?"

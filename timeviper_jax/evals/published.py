@@ -184,14 +184,13 @@ def _window(entry: Entry, duration: float) -> tuple[float, float]:
 
 def _said(entry: Entry, times: Float64[np.ndarray, "F"]) -> str:
     """The subtitles of the frames; a video without a file of them has none."""
-    said = []
-    if entry.subtitles is not None and entry.subtitles.parent.is_dir():
-        if entry.subtitles.exists():
-            lines = subtitles.read(entry.subtitles)
-            said = subtitles.on_screen(lines, times, start=entry.subtitle_start)
-    else:
+    if entry.subtitles is None or not entry.subtitles.parent.is_dir():
         raise DataError(
             f"{entry.subtitles}: its folder of subtitles is not there; put it there, or"
             " leave out --subtitles."
         )
+    said = []
+    if entry.subtitles.exists():
+        lines = subtitles.read(entry.subtitles)
+        said = subtitles.on_screen(lines, times, start=entry.subtitle_start)
     return "Subtitles of the video:\n" + ("\n".join(said) or "(none)")
