@@ -20,6 +20,7 @@ from timeviper_jax.evals.entries import (
     read_json,
     read_rows,
     subfolder,
+    subtitle_file,
 )
 
 Entries = list[Entry]
@@ -53,7 +54,7 @@ def videomme(folder: pathlib.Path) -> Entries:
                 options=row.texts("options"),
                 answer=_letter(row, "answer", len(row.texts("options"))),
                 groups=tuple(groups),
-                subtitles=subfolder(folder, "subtitle", "subtitles") / f"{name}.srt",
+                subtitles=subtitle_file(folder, f"{name}.srt"),
             )
         )
     return entries
@@ -154,7 +155,7 @@ def longvideobench(folder: pathlib.Path) -> Entries:
                     f"duration={row.text('duration_group')}",
                     f"task={row.text('question_category')}",
                 ),
-                subtitles=subfolder(folder, "subtitles") / subtitles,
+                subtitles=subtitle_file(folder, subtitles),
                 subtitle_start=row.number(starts) if starts in row else 0.0,
             )
         )
@@ -329,8 +330,7 @@ def cgbench(folder: pathlib.Path) -> Entries:
                     f"domain={row.text('domain')}",
                     f"task={row.text('sub_category')}",
                 ),
-                subtitles=subfolder(folder, "cg_subtitles", "subtitles")
-                / f"{name}.srt",
+                subtitles=subtitle_file(folder, f"{name}.srt"),
             )
         )
     return entries

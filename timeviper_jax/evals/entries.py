@@ -179,6 +179,14 @@ def subfolder(folder: pathlib.Path, *names: str) -> pathlib.Path:
     return next((folder / n for n in names if (folder / n).is_dir()), folder)
 
 
+def subtitle_file(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Where subtitles called so are, or should be."""
+    for parent in ("subtitle", "subtitles", "cg_subtitles"):
+        if (folder / parent).is_dir():
+            return folder / parent / name
+    return folder / "subtitles" / name
+
+
 def find_video(folder: pathlib.Path, name: str) -> pathlib.Path:
     """The file called so, under any of the usual suffixes; or what it should be."""
     path = folder / name
