@@ -11,7 +11,7 @@ class Chip:
     bandwidth: float
     clock: float
     peak: float
-    memory: float
+    memory: int
 
 
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm. Clocks follow from the
@@ -23,4 +23,4 @@ CHIPS = {
 }
 
 # https://www.nvidia.com/en-us/data-center/h200: its peak without sparsity.
-GPUS = {"h200": Chip("1x1x1", 4800e9, 1.98e9, 989e12, 141e9)}
+GPUS = {"h200": Chip("1x1x1", 4800e9, 1.98e9, 989e12, 141 * 10**9)}

@@ -239,11 +239,24 @@ def _cond(eqn: JaxprEqn, inputs: list[Value]) -> tuple[Count, list[Value]]:
     index, *operands = inputs
     branches = eqn.params["branches"]
     if index is not None:
-        return _run(branches[int(np.clip(index, 0, len(branches) - 1))], operands)
+        branch = branches[int(np.clip(index, 0, len(branches) - 1))]
+        found = _whatever_comes(branch)
+        if found.flops and found.exact:
+            # Most layers: nothing that is known decides, and walking takes time.
+            places = dict(zip(branch.jaxpr.invars, operands, strict=True))
+            is_input = lambda v: not isinstance(v, Literal) and v in places
+            outputs = branch.jaxpr.outvars
+            return found, [places[v] if is_input(v) else None for v in outputs]
+        return _run(branch, operands)
     counts = [_run(branch, operands)[0] for branch in branches]
     same = len({found.flops for found in counts}) == 1
     dearest = max(counts)
     return Count(dearest.flops, same and dearest.exact), [None] * len(eqn.outvars)
+
+
+@functools.lru_cache
+def _whatever_comes(jaxpr: ClosedJaxpr) -> Count:
+    return _run(jaxpr, [None] * len(jaxpr.in_avals))[0]
 
 
 _LOOPS = {"scan": _scan, "while": _while, "cond": _cond}

@@ -60,6 +60,10 @@ class ViewerConfig:
         return size
 
 
+# For models of billions of parameters: calls that keep a chip busy, caches for hours.
+LARGE = ViewerConfig(chunk=8192, text_chunk=256, text_room=1024, smallest_cache=5632)
+
+
 class Reader:
     """Reads chunks into memories, and runs what was held once it is decided on."""
 

@@ -1,0 +1,1 @@
+"""What it costs to watch a video and to answer the first question about it."""
