@@ -1,5 +1,6 @@
 """eval.py: scores a model, answers about any file, says what it cannot do."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -41,7 +42,8 @@ def trained(tmp_path_factory) -> run.Run:
 @pytest.fixture
 def execute(trained, monkeypatch):
     """Runs the program on `trained`, whatever the workdir."""
-    monkeypatch.setattr(run, "load", lambda workdir: trained)
+    # Another value each time, which has no encoder yet, as after loading.
+    monkeypatch.setattr(run, "load", lambda workdir: dataclasses.replace(trained))
     return _execute
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, UInt8
 
 from timeviper_jax.data.features import second_times
-from timeviper_jax.data.images import Fit
+from timeviper_jax.data.images import Fit, as_fit
 from timeviper_jax.data.iterator import NamedBatches
 from timeviper_jax.data.video import iter_frames, probe, read_frames
 
@@ -148,6 +148,12 @@ def frame_batches(
     threads: int = 1,
 ) -> Generator[UInt8[np.ndarray, "_ H W 3"], None, None]:
     """The frames at `times`, `size` together and what is left; one batch is held."""
-    frames = iter_frames(path, times, fit, threads=threads)
-    while batch := list(itertools.islice(frames, size)):
-        yield np.stack(batch)
+    frames, fit = iter_frames(path, times, fit, threads=threads), as_fit(fit)
+    for start in range(0, len(times), size):
+        count = min(size, len(times) - start)
+        # Written where they stay: small arrays left between a decoder's large ones
+        # keep the system from having those back, a hundred MiB of them.
+        batch = np.empty((count, fit.size, fit.size, 3), np.uint8)
+        for i, frame in enumerate(itertools.islice(frames, count)):
+            batch[i] = frame
+        yield batch

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,6 +60,11 @@ class Run:
         return "transv" if any(stage.transfer for stage in stages) else "drop"
 
     def encoder(self) -> Encode:
+        """Frames to features, in batches of one size; compiled once."""
+        return self._encoder
+
+    @functools.cached_property
+    def _encoder(self) -> Encode:
         return make_encoder(
             self.model, self.mesh, batch_size=self.config["data"]["encode_batch"]
         )

@@ -73,7 +73,7 @@ def watch(
     """Watches the frames at `times`, while they are decoded and encoded."""
     viewer = make_viewer(run_, asking)
     with run.encoded(run_, path, times) as features:
-        memory = viewer.watch([_example(run_, asking, times, features)])
+        memory = viewer.watch([watched_example(run_, asking, times, features)])
     return Watched(
         run=run_, asking=asking, num_frames=len(times), viewer=viewer, memory=memory
     )
@@ -86,7 +86,7 @@ def make_viewer(run_: run.Run, asking: Asking) -> Viewer:
     return Viewer(run_.model, dataclasses.replace(sizes, text_room=room))
 
 
-def _example(
+def watched_example(
     run_: run.Run,
     asking: Asking,
     times: Float64[np.ndarray, "F"],

@@ -1,0 +1,1 @@
+"""What it takes to watch hours of video: memory, seconds, and what is kept."""
