@@ -25,9 +25,17 @@ from timeviper_jax.training.metrics import Means, MetricsWriter, summarise
 from timeviper_jax.training.optimizer import updates_made
 from timeviper_jax.training.parameters import Params
 from timeviper_jax.training.phases import Phases
-from timeviper_jax.training.signals import STOPPED, Interrupted, StopRequest, Votes
+from timeviper_jax.training.signals import (
+    STOPPED,
+    Interrupted,
+    StopRequest,
+    Votes,
+    exit_within,
+)
 from timeviper_jax.training.step import TrainState
 from timeviper_jax.training.validation import Validation
+
+_PATIENCE = 3.0  # Seconds for a broken-off reader to come back.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +92,7 @@ class Loop:
         self._skips = SkipLog(plan.guard, in_row=int(state.guard.in_row))
         self._input_state = plan.batches.get_state()
         self._step, self._last = plan.first, None
+        self._broke_off = False  # A wait for data.
         self._window, self._since = [], time.monotonic()
         whole = NamedSharding(watch.mesh, P())
 
@@ -176,6 +185,9 @@ class Loop:
         logging.warning(
             "Stopped before step %d of %s.", self._step + 1, self._plan.name
         )
+        if self._broke_off:
+            # All is saved; a reader of data that never come would hold up the exit.
+            exit_within(_PATIENCE, STOPPED)
         sys.exit(STOPPED)
 
     def _take(self) -> Any | None:
@@ -188,6 +200,7 @@ class Loop:
             with stop.interrupting() if self._alone else contextlib.nullcontext():
                 batch = next(self._plan.batches)
         except Interrupted:
+            self._broke_off = True
             return None
         self._input_state = self._plan.batches.get_state()
         if self._last is not None and not self._last.asked.is_ready():
