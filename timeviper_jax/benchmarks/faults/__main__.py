@@ -1,0 +1,135 @@
+r"""Injects faults into training and says what came of each.
+
+python -m timeviper_jax.benchmarks.faults --json
+python -m timeviper_jax.benchmarks.faults --short
+python -m timeviper_jax.benchmarks.faults --only kills,hang
+
+Each is done to processes of `train.py` on a tiny model, from outside. What is done
+already is not done again (`WORKDIR/results.json`): repeat the command to go on.
+`--json` prints the report; without it one line a fault. Exits with 1 unless all are ok.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from timeviper_jax.benchmarks.faults import damage, devices, kills, places
+from timeviper_jax.benchmarks.faults.training import Run, Setting
+from timeviper_jax.data import shapes
+from timeviper_jax.training.checkpoint import versions
+
+
+def faults(
+    setting: Setting, unbroken: Run, short: bool
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every fault by its name, in order."""
+    counts = dict(training=30, saving=10, total=50)
+    if short:
+        counts = dict(training=1, saving=1, total=2)
+    part = functools.partial
+    chosen = {
+        "kills": part(kills.kill_often, setting, unbroken, **counts),
+        "signals": part(places.ask_everywhere, setting, unbroken),
+        "second_signal": part(places.ask_twice, setting),
+        "two_processes": part(places.ask_one_of_two, setting),
+        "files": part(
+            damage.damage_files, setting, unbroken, times=50 if short else 1000
+        ),
+        "full_disk": part(damage.fill_disk, setting, unbroken),
+        "hang": part(damage.hang, setting, limit=5.0 if short else 20.0),
+        "nan": part(devices.inject, "nan", setting, unbroken),
+        "meshes": part(devices.inject, "meshes", setting, unbroken, devices=8),
+        "cost": part(devices.inject, "cost", setting, unbroken, steps=100),
+    }
+    if short:
+        for slow in ("signals", "two_processes", "cost"):
+            del chosen[slow]
+    return chosen
+
+
+class Results:
+    """What came of each fault so far, kept on disk."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._found = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, name: str, inject: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What came of it before, or comes of it now."""
+        if name not in self._found:
+            print(f"== {name}", file=sys.stderr, flush=True)
+            began = time.monotonic()
+            found = inject()
+            self._found[name] = found | {"seconds_in_all": _since(began)}
+            part = self._path.with_suffix(".part")
+            part.write_text(json.dumps(self._found, indent=1))
+            part.replace(self._path)
+        return self._found[name]
+
+
+def _since(began: float) -> float:
+    return round(time.monotonic() - began, 1)
+
+
+def _train_unbroken(run: Run) -> dict[str, Any]:
+    status = run.finish()
+    return dict(status=status, steps=run.last(), ok=status == 0)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, folder = parser.add_argument, pathlib.Path
+    add(
+        "--workdir", type=folder, default=folder("runs/faults"), help="all that is made"
+    )
+    add("--short", action="store_true", help="few of each: minutes become seconds")
+    add("--only", default="", help="names of faults, with commas between")
+    add("--again", action="store_true", help="forget what was done before")
+    add("--json", action="store_true", help="print the whole report")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse(argv)
+    if args.again:
+        shutil.rmtree(args.workdir, ignore_errors=True)
+    setting = Setting(work=args.workdir.absolute(), steps=20 if args.short else 60)
+    unbroken = setting.run("unbroken")
+    chosen = faults(setting, unbroken, args.short)
+    if unknown := set(filter(None, args.only.split(","))) - {*chosen}:
+        raise SystemExit(f"error: no faults {sorted(unknown)}; there are {[*chosen]}.")
+    if not (setting.data / "data.yaml").exists():
+        shapes.make(setting.data)
+    results = Results(setting.work / "results.json")
+    names = [name for name in chosen if not args.only or name in args.only.split(",")]
+    found = {"unbroken": results.get("unbroken", lambda: _train_unbroken(unbroken))}
+    for name in names:
+        found[name] = results.get(name, chosen[name])
+        if not args.json:
+            print(name, "ok" if found[name]["ok"] else f"NOT OK: {found[name]}")
+    if args.json:
+        report = dict(
+            date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+            machine=f"{platform.machine()}, {os.cpu_count()} cores",
+            versions=versions(),
+            ok=all(each["ok"] for each in found.values()),
+            faults=found,
+        )
+        print(json.dumps(report, indent=1))
+    if not all(each["ok"] for each in found.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""SIGKILL at random moments, some of them within a save: what is left goes on."""
+
+import json
+import pathlib
+import random
+import signal
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from timeviper_jax.benchmarks.faults.training import (
+    EVERY,
+    Run,
+    Setting,
+    differing,
+    wait_for,
+)
+
+
+def kill_often(
+    setting: Setting, unbroken: Run, *, training: int, saving: int, total: int
+) -> dict[str, Any]:
+    """Kills until there were so many in training and within a save, and in all.
+
+    A run that comes to its end makes room for the next one. What was done is kept in
+    `kills.json`, so that this can be stopped, too.
+    """
+    path = setting.work / "kills.json"
+    state = json.loads(path.read_text()) if path.exists() else dict(run=0, kills=[])
+    kills, rng = state["kills"], random.Random(len(state["kills"]))
+    wrong: list[str] = state.setdefault("wrong", [])
+
+    def enough() -> bool:
+        in_save = sum(kill["saving"] for kill in kills)
+        met = in_save >= saving and len(kills) - in_save >= training
+        return met and len(kills) >= total
+
+    def keep() -> None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(state))
+        part.replace(path)
+
+    bar = tqdm(total=total, initial=len(kills), desc="kills")
+    while not enough():
+        run = setting.run(f"killed_{state['run']}")
+        in_save = sum(kill["saving"] for kill in kills)
+        kill = _kill(run, rng, within_save=in_save < saving and bool(rng.randrange(2)))
+        if kill is None or kill["status"] == 0:
+            state["run"] += 1
+        else:
+            kills.append(kill)
+            bar.update()
+        if kill is not None and kill["status"] not in (0, -signal.SIGKILL):
+            wrong.append(f"{run.folder.name} ended with {kill['status']}: {_tail(run)}")
+            state["run"] += 1  # Else it might fail without end.
+        wrong += [f"{run.folder.name} step {s}" for s in differing(run, unbroken)]
+        keep()
+    for number in range(state["run"] + 1):
+        run = setting.run(f"killed_{number}")
+        if run.folder.exists() and run.last() < setting.steps:
+            if status := run.finish():
+                wrong.append(f"{run.folder.name} ended with {status}: {_tail(run)}")
+        wrong += [f"{run.folder.name} step {s}" for s in differing(run, unbroken)]
+    keep()
+    redone = [kill["redone"] for kill in kills]
+    return dict(
+        kills=len(kills),
+        within_a_save=sum(kill["saving"] for kill in kills),
+        runs=state["run"] + 1,
+        wrong=wrong,
+        max_steps_redone=max(redone),
+        max_steps_redone_beyond_a_save_under_way=max(k["beyond"] for k in kills),
+        save_interval=EVERY,
+        ok=not wrong and max(k["beyond"] for k in kills) <= EVERY,
+    )
+
+
+def _kill(run: Run, rng: random.Random, within_save: bool) -> dict[str, Any] | None:
+    """Starts the run and kills it; None if it came to its end before."""
+    begun = run.last()
+    with run.process() as process:
+        after = begun + rng.randint(1, 2 * EVERY)
+        moment = lambda: run.last() >= after and (run.saving() or not within_save)
+        if not wait_for(moment, process):
+            status = process.wait()
+            return None if status == 0 else _told(run, status, False)
+        time.sleep(rng.random() * (0.05 if within_save else 0.5))
+        process.kill()
+        status = process.wait()
+    return _told(run, status, run.saving())
+
+
+def _told(run: Run, status: int, saving: bool) -> dict[str, Any]:
+    last, saved = run.last(), run.saved()
+    # A save under way counts from where it began.
+    begun = [int(p.name.split(".")[0]) for p in _unfinished(run)]
+    return dict(
+        status=status,
+        saving=saving,
+        redone=last - saved,
+        beyond=last - max([saved, *begun]),
+    )
+
+
+def _unfinished(run: Run) -> list[pathlib.Path]:
+    return list((run.folder / "checkpoints").glob("[0-9]*"))
+
+
+def _tail(run: Run) -> str:
+    return " | ".join(run.log().splitlines()[-2:])

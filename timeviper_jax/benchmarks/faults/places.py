@@ -1,0 +1,161 @@
+"""A signal in each place a run can be in: it saves, loses no step, and goes on."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from timeviper_jax.benchmarks.faults.training import (
+    Run,
+    Setting,
+    ask,
+    differing,
+    stalled,
+    wait_for,
+)
+
+STOPPED = 75
+
+
+def ask_everywhere(setting: Setting, unbroken: Run) -> dict[str, Any]:
+    """One run that is asked to stop in five places, and then comes to its end."""
+    run = setting.run("asked")
+    places = {
+        "compile": _in_compilation(run),
+        "step": _in_step(run),
+        "save": _in_save(run),
+        "eval": _in_validation(run),
+        "data": _in_data_wait(run),
+    }
+    status, wrong = run.finish(), differing(run, unbroken)
+    good = all(
+        place["status"] == STOPPED and not place["lost"] for place in places.values()
+    )
+    return dict(
+        places=places, steps_that_differ=wrong, ok=good and not status and not wrong
+    )
+
+
+def _asked(
+    run: Run, process: subprocess.Popen, number: signal.Signals
+) -> dict[str, Any]:
+    status, seconds = ask(process, number)
+    return dict(status=status, seconds=round(seconds, 2), lost=run.last() - run.saved())
+
+
+def _in_compilation(run: Run) -> dict[str, Any]:
+    with run.process(cache=False) as process:
+        wait_for(lambda: "from step" in run.log(), process)
+        time.sleep(1)
+        steps = run.last()
+        told = _asked(run, process, signal.SIGTERM)
+    return dict(told, steps_before=steps)  # 0: the first was still being compiled.
+
+
+def _in_step(run: Run) -> dict[str, Any]:
+    begun = run.last()
+    with run.process() as process:
+        wait_for(lambda: run.last() >= begun + 2, process)
+        return _asked(run, process, signal.SIGINT)
+
+
+def _in_save(run: Run) -> dict[str, Any]:
+    with run.process() as process:
+        wait_for(run.saving, process)
+        return _asked(run, process, signal.SIGTERM)
+
+
+def _in_validation(run: Run) -> dict[str, Any]:
+    """So many batches that it can be in nothing else."""
+    begun = run.last()
+    endless = ("validation.every=3", "validation.batches=1000000")
+    with run.process(*endless) as process:
+        wait_for(lambda: run.last() > begun and run.last() % 3 == 0, process)
+        time.sleep(2)
+        return _asked(run, process, signal.SIGTERM)
+
+
+def _in_data_wait(run: Run) -> dict[str, Any]:
+    """Every video becomes a pipe that nobody writes to."""
+    with run.process() as process:
+        with stalled_after_a_step(run, process):
+            return _asked(run, process, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def stalled_after_a_step(run: Run, process: subprocess.Popen) -> Iterator[float]:
+    """Lets a run come to wait for data that never come; gives when it last logged."""
+    begun = run.last()
+    wait_for(lambda: run.last() > begun, process)
+    with stalled(sorted(run.setting.data.glob("*.mp4"))):
+        yield _still(run.last)
+
+
+def _still(value: Callable[[], int], seconds: float = 2.0) -> float:
+    """Waits until a value has been the same for so long; when it last changed."""
+    last, since = value(), time.monotonic()
+    while time.monotonic() < since + seconds:
+        time.sleep(0.01)
+        if value() != last:
+            last, since = value(), time.monotonic()
+    return since
+
+
+def ask_twice(setting: Setting) -> dict[str, Any]:
+    """Two signals during a compilation: the second one ends the process at once."""
+    run = setting.run("asked_twice")
+    with run.process(cache=False) as process:
+        wait_for(lambda: "from step" in run.log(), process)
+        status, seconds = ask(process, signal.SIGTERM, signal.SIGTERM)
+    expected = 128 + signal.SIGTERM
+    return dict(
+        status=status, seconds=round(seconds, 2), ok=status == expected and seconds < 1
+    )
+
+
+def ask_one_of_two(setting: Setting) -> dict[str, Any]:
+    """Of two processes that train together, one is asked: both stop at one step."""
+    run = setting.run("two_processes")
+    job = os.getpid()  # The port of the two follows from it.
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                run.process(
+                    multihost=True,
+                    environment=_as_slurm_has_it(job, number),
+                    log=f"log{number}.txt",
+                )
+            )
+            for number in range(2)
+        ]
+        wait_for(lambda: run.last() >= 2, processes[0])
+        first, seconds = ask(processes[1], signal.SIGTERM)
+        statuses = [processes[0].wait(60), first]
+    stopped = [_stopped_at(run.log(f"log{number}.txt")) for number in range(2)]
+    lost = run.last() - run.saved()
+    return dict(
+        statuses=statuses,
+        stopped=stopped,
+        seconds=round(seconds, 2),
+        lost=lost,
+        ok=statuses == [STOPPED] * 2 and stopped[0] == stopped[1] != "" and not lost,
+    )
+
+
+def _as_slurm_has_it(job: int, number: int) -> dict[str, str]:
+    return dict(
+        SLURM_JOB_ID=str(job),
+        SLURM_STEP_NODELIST="localhost",
+        SLURM_NTASKS="2",
+        SLURM_PROCID=str(number),
+        SLURM_LOCALID=str(number),
+        SLURM_STEP_NUM_NODES="1",
+    )
+
+
+def _stopped_at(log: str) -> str:
+    found = [x.split("Stopped")[1] for x in log.splitlines() if "Stopped before" in x]
+    return found[-1] if found else ""

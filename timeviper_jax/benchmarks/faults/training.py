@@ -1,0 +1,175 @@
+"""A training process of a tiny model, looked at from outside as an operator would."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from timeviper_jax import checksums
+
+EVERY = 5  # Steps between checkpoints.
+_WALL_TIME = ("goodput", "steps_per_second", "seconds_")
+_PATIENCE = 600.0  # Seconds that a process may take for anything asked of it here.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where the benchmark works, and how long its runs are."""
+
+    work: pathlib.Path
+    steps: int
+
+    @property
+    def data(self) -> pathlib.Path:
+        return self.work / "data"
+
+    def run(self, name: str) -> "Run":
+        return Run(self, self.work / name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's directory and the processes that work on it, one after the other."""
+
+    setting: Setting
+    folder: pathlib.Path
+
+    @contextlib.contextmanager
+    def process(
+        self,
+        *changes: str,
+        cache: bool = True,
+        multihost: bool = False,
+        environment: dict[str, str] | None = None,
+        max_file_bytes: int | None = None,
+        log: str = "log.txt",
+    ) -> Iterator[subprocess.Popen]:
+        """Starts or continues the run; what it prints is in `log`."""
+        work = self.setting.work
+        command = [
+            *(sys.executable, "train.py", "--verbosity=0"),
+            "--config=configs/stage2_video.py:smoke",
+            f"--config.stages.instruct.steps={self.setting.steps}",
+            f"--config.data.manifest={self.setting.data}/data.yaml",
+            f"--config.checkpoint_every={EVERY}",
+            "--config.validation.split=videos",
+            *(f"--config.{change}" for change in changes),
+            f"--workdir={self.folder}",
+        ]
+        if multihost:
+            command.append("--multihost")
+        if cache:
+            command.append(f"--compilation_cache={work}/compiled")
+        flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+        limit = lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY)
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / log).open("w") as file:
+            process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=file,
+                preexec_fn=limit if max_file_bytes else None,
+                env=os.environ
+                | {
+                    "XLA_FLAGS": flags,
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                }
+                | (environment or {}),
+            )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def finish(self) -> int:
+        """Continues to the end; the exit status."""
+        with self.process() as process:
+            return process.wait(_PATIENCE)
+
+    def log(self, name: str = "log.txt") -> str:
+        return (self.folder / name).read_text(errors="replace")
+
+    def steps(self) -> dict[int, dict[str, Any]]:
+        """What each step so far logged that follows from the config alone."""
+        path = self.folder / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        lines = [json.loads(x) for x in text.splitlines(keepends=True) if x[-1] == "\n"]
+        return {
+            line["step"]: {
+                k: v for k, v in line.items() if not k.startswith(_WALL_TIME)
+            }
+            for line in lines
+            if "loss" in line
+        }
+
+    def last(self) -> int:
+        """The step that was logged last; 0 before the first."""
+        return max(self.steps(), default=0)
+
+    def saved(self) -> int:
+        """The step of the newest whole checkpoint; 0 without one."""
+        folder = checksums.newest(self.folder / "checkpoints").folder
+        return 0 if folder is None else int(folder.name)
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is there that is not finished."""
+        found = list((self.folder / "checkpoints").glob("*"))
+        return any(not (path / checksums.MANIFEST).exists() for path in found)
+
+
+def wait_for(
+    happened: Callable[[], bool], process: subprocess.Popen, seconds: float = _PATIENCE
+) -> bool:
+    """Whether it happened before the process ended; looks two hundred times a second.
+
+    Raises:
+      TimeoutError: Neither happened in time.
+    """
+    end = time.monotonic() + seconds
+    while not happened():
+        if process.poll() is not None:
+            return happened()
+        if time.monotonic() > end:
+            raise TimeoutError(f"Process {process.pid}: nothing within {seconds:g} s.")
+        time.sleep(0.005)
+    return True
+
+
+def ask(process: subprocess.Popen, *signals: signal.Signals) -> tuple[int, float]:
+    """Sends signals, half a second apart; the exit status and the seconds to it."""
+    for number, each in enumerate(signals):
+        time.sleep(0.5 * bool(number))
+        process.send_signal(each)
+    began = time.monotonic()
+    return process.wait(_PATIENCE), time.monotonic() - began
+
+
+def differing(run: Run, unbroken: Run) -> list[int]:
+    """The steps whose logged numbers are not, bit for bit, the unbroken run's."""
+    want = unbroken.steps()
+    return [step for step, line in run.steps().items() if line != want[step]]
+
+
+@contextlib.contextmanager
+def stalled(paths: Sequence[pathlib.Path]) -> Iterator[None]:
+    """Files whose reader waits forever, as on a dead file server: named pipes."""
+    kept = [path.rename(path.with_suffix(".kept")) for path in paths]
+    for path in paths:
+        os.mkfifo(path)
+    try:
+        yield
+    finally:
+        for path, real in zip(paths, kept, strict=True):
+            real.replace(path)
