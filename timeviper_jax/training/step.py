@@ -59,7 +59,8 @@ def create_state(
         step=jax.device_put(jnp.zeros((), jnp.int32), whole),
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
-        guard=jax.device_put(guard.init(guard_config), whole),
+        # Made in place: what several hosts put must be equal, and nan is not.
+        guard=jax.jit(lambda: guard.init(guard_config), out_shardings=whole)(),
     )
     return state, places
 
