@@ -182,7 +182,7 @@ def encoded(
         times[file.present :],
         cfg.fit,
         size=run.config["data"]["encode_batch"],
-        threads=_decoding_threads(),
+        threads=decoding_threads(),
     )
     bar = tqdm(
         total=len(file), initial=file.present, desc="encode", unit="frame", disable=None
@@ -200,6 +200,6 @@ def encoded(
         yield arriving
 
 
-def _decoding_threads() -> int:
+def decoding_threads() -> int:
     """A quarter of the cores: the rest encode and read what was decoded."""
     return max(1, (os.cpu_count() or 1) // 4)

@@ -12,11 +12,12 @@ from jaxtyping import Float16
 from tqdm import tqdm
 
 from timeviper_jax import sharding
+from timeviper_jax.data.ahead import Ahead
 from timeviper_jax.data.conversation import EncodedText, encode_prompt
 from timeviper_jax.data.examples import Example, Role
-from timeviper_jax.data.video import iter_frames
+from timeviper_jax.data.frames import frame_batches
 from timeviper_jax.evals.base import Benchmark, Question, Record
-from timeviper_jax.evals.run import Run
+from timeviper_jax.evals.run import Run, decoding_threads
 from timeviper_jax.inference.sampling import Decoding
 from timeviper_jax.inference.viewer import Viewer, ViewerConfig, split_prompt
 from timeviper_jax.training import parameters
@@ -205,14 +206,18 @@ def stored(run_: Run) -> Features:
 
 def sampled(run_: Run) -> Features:
     """Features of just the frames that a question names, encoded when it is asked."""
-    encode, batch = run_.encoder(), run_.config["data"]["encode_batch"]
+    encode, size = run_.encoder(), run_.config["data"]["encode_batch"]
 
     def features(question: Question) -> Float16[np.ndarray, "F V E"]:
-        frames = iter_frames(question.video, question.times, run_.model.cfg.fit)
-        parts = []
-        while some := list(itertools.islice(frames, batch)):
-            parts.append(encode(np.stack(some)))
-        return np.concatenate(parts)
+        frames = frame_batches(
+            question.video,
+            question.times,
+            run_.model.cfg.fit,
+            size=size,
+            threads=decoding_threads(),
+        )
+        with Ahead(frames, most=2) as decoded:
+            return np.concatenate([encode(batch) for batch in decoded])
 
     return features
 
