@@ -49,6 +49,7 @@ def fed(drift=0):
         "samples": samples,
         "answers": [(10, 0.5)],
         "filled_bytes": filled,
+        "peak_bytes": 900 << 20,
         "policy": "blocks",
         "block_frames": 256,
     }

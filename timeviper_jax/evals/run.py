@@ -5,12 +5,12 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float64
+from jaxtyping import Float16, Float64
 from tqdm import tqdm
 
 from timeviper_jax import sharding
@@ -157,6 +157,19 @@ def watch_times(path: str | os.PathLike, max_frames: int) -> Float64[np.ndarray,
     return fps_times(duration, 1, max_frames)
 
 
+class Counted:
+    """Features whose frames are counted as they are read."""
+
+    def __init__(self, features: FrameFeatures, count: Callable[[int], object]):
+        self.shape = features.shape
+        self._features, self._count = features, count
+
+    def __getitem__(self, frames: slice) -> Float16[np.ndarray, "F V E"]:
+        read = self._features[frames]
+        self._count(len(read))
+        return read
+
+
 @contextlib.contextmanager
 def encoded(
     run: Run, path: str | os.PathLike, times: Float64[np.ndarray, "F"]
@@ -167,7 +180,8 @@ def encoded(
     made again. Leaving before the last one was read stops the making.
     """
     if kept := run.features.find(path, times):
-        yield kept
+        with tqdm(total=len(kept), desc="watch", unit="frame", disable=None) as bar:
+            yield Counted(kept, bar.update)
         return
     cfg = run.model.cfg
     file = run.features.grow(

@@ -178,6 +178,7 @@ def open_ended(fed: dict) -> dict[str, Any]:
         "frames": frames,
         "source": "the film over and over, decoded and encoded each time",
         "selection": f"{fed['policy']}, within {fed['block_frames']} frames",
+        "peak_rss_mib": _mib(fed["peak_bytes"]),
         "rss_mib": {s["frames"]: _mib(s["resident_bytes"]) for s in samples},
         "cache_mib": _mib(samples[-1]["cache_bytes"]),
         "apart_from_caches_mib": _mib(mean),
