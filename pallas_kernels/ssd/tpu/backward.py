@@ -2,12 +2,13 @@
 
 Time is cut into spans that start with a saved state. Taking them from the last, a span
 is walked twice: forwards, to put the state before every chunk and what its decays are
-into VMEM, then backwards with `ds`, the cotangent of the state behind the chunk.
+into VMEM (`span.py`), then backwards with `ds`, the cotangent of the state behind the
+chunk.
 
-With k the earlier token and m the later, L_mk = exp(c_m - c_k) where m may see k, and
-o and e the decays from the chunk's start and to its end, for each head:
+With k the earlier token and m the later, o and e the decays from the chunk's start and
+to its end, L_mk = exp(c_m - c_k) and W_mk = L_mk dt_k (c_m . b_k), for each head:
 
-  dx_k    = dt_k (sum_m L_mk (c_m . b_k) dy_m  +  e_k ds b_k)  +  d dy_k
+  dx_k    = sum_m W_mk dy_m  +  dt_k e_k ds b_k  +  d dy_k
   dc_m    = sum_k L_mk dt_k (dy_m . x_k) b_k  +  o_m dy_m^T s
   db_k    = sum_m L_mk dt_k (dy_m . x_k) c_m  +  e_k dt_k x_k^T ds
   ds     <- o_end ds  +  sum_m o_m dy_m c_m^T
@@ -15,8 +16,9 @@ o and e the decays from the chunk's start and to its end, for each head:
 The gradient of the log decay of token t is the sum of all terms that its decay is a
 factor of: those from a k < t to an m >= t, from the state before to an m >= t, from a
 k < t to the state behind, and from state to state. Terms from k to m enter as what m
-receives less what k sends, both summed from the same float32 numbers, without k = m:
-nothing but float32 rounding is left of a pair that does not cross t.
+receives, dy_m . (sum_k W_mk x_k), less what k sends, x_k . (sum_m W_mk dy_m). Both are
+matmuls with the same rounded W, x and dy, without k = m: nothing but float32 rounding
+is left of a pair that does not cross t, and no matrix is summed along its rows.
 """
 
 import functools
@@ -25,45 +27,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssd.tpu import pieces
 from pallas_kernels.ssd.tpu.pieces import head_rows, matmul, sum_along, turned
 from pallas_kernels.ssd.tpu.plan import CHUNK, LANES, Plan
+from pallas_kernels.ssd.tpu.span import SMALL, Span, span_shapes, walk_forwards
 
-_AHEAD, _BEHIND = 4, 4  # As in forward.py.
-
-
-class Span(NamedTuple):
-    """What the walk forwards leaves in VMEM, chunk by chunk."""
-
-    x: jax.Array  # W L: on its side.
-    state: jax.Array  # W S: before the chunk, as matmuls read it.
-    dt: jax.Array  # R L
-    total: jax.Array  # R L: the running sum of log decay.
-    from_start: jax.Array  # R L
-    to_end: jax.Array  # R L: without dt, unlike the forward kernel's.
-    across: jax.Array  # R S
-    total_down: jax.Array  # L R
-    scores: jax.Array  # L L: c_m . b_k, m down the rows.
-    ceiling: jax.Array  # L L: of the exponents: 0, or -inf where m may not see k.
-    b_side: jax.Array  # S L
-    c_side: jax.Array  # S L
-
-
-def _span_shapes(plan: Plan, dtype) -> Span:
-    W, R, L, S = plan.width, plan.heads, CHUNK, plan.state_dim
-    rows = [(R, L)] * 4
-    shapes = [(W, L), (W, S), *rows, (R, S), (L, R), (L, L), (L, L), (S, L), (S, L)]
-    dtypes = [dtype] * 2 + [jnp.float32] * 8 + [dtype] * 2
-    return Span(
-        *(
-            pltpu.VMEM((plan.blocks_per_span * plan.chunks, *shape), kind)
-            for shape, kind in zip(shapes, dtypes, strict=True)
-        )
-    )
+_AHEAD, _BEHIND = 2, 2  # As in forward.py.
 
 
 class _Inputs(NamedTuple):
@@ -89,62 +61,6 @@ class _Outputs(NamedTuple):
     dstate: jax.Array
 
 
-def _later() -> tuple[jax.Array, jax.Array]:
-    """Masks L L: the row's token no earlier than the lane's, and later than it."""
-    row, lane = (lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i) for i in (0, 1))
-    return row >= lane, row > lane
-
-
-def _keep_decays(t, slot, refs: _Inputs, span: Span, inside, rows_of, packed: bool):
-    """Everything about a chunk but its x and its state."""
-    time = slice(t * CHUNK, (t + 1) * CHUNK)
-    before = pieces.earlier_or_same()
-    seen, _ = _later()
-    dt = jnp.where(inside, refs.dt[0, 0, :, time], 0.0)
-    total = sum_along(dt * refs.a[0], before)
-    last = total[:, CHUNK - 1 :]
-    from_start = jnp.exp2(total)
-    to_end = jnp.exp2(last - total)
-    across = jnp.exp2(jnp.broadcast_to(last, span.across.shape[1:]))
-    if packed:
-        starts = jnp.where(inside, refs.starts[0, :, time], 0.0)
-        run = sum_along(jnp.broadcast_to(starts, (8, CHUNK)), before)
-        run_down, run = run.T[:, :1], run[:1]
-        leaving = run[:, CHUNK - 1 :]
-        from_start = jnp.where(run == 0, from_start, 0.0)
-        to_end = jnp.where(run == leaving, to_end, 0.0)
-        across = jnp.where(leaving == 0, across, 0.0)
-        seen &= run == run_down
-    span.dt[slot], span.total[slot] = dt, total
-    span.from_start[slot], span.to_end[slot] = from_start, to_end
-    span.across[slot], span.total_down[slot] = across, total.T
-    dtype = refs.b.dtype
-    span.b_side[slot] = turned(rows_of(refs.b, t), dtype)
-    span.c_side[slot] = turned(rows_of(refs.c, t), dtype)
-    span.scores[slot] = matmul(rows_of(refs.c, t), span.b_side[slot])
-    span.ceiling[slot] = jnp.where(seen, 0.0, -jnp.inf)
-
-
-def _walk_forwards(refs, span, state, place, inside, rows_of, plan, packed):
-    """Puts one block's chunks into `span`, and moves the state behind them."""
-    dtype = refs.x.dtype
-    slots = [place * plan.chunks + t for t in range(plan.chunks)]
-    for t, slot in enumerate(slots):
-        _keep_decays(t, slot, refs, span, inside, rows_of, packed)
-    for t, slot in enumerate(slots):
-        for tile in pieces.tiles(plan.width):
-            span.x[slot, tile] = turned(rows_of(refs.x, t, tile), dtype)
-    for t, slot in enumerate(slots):
-        b = rows_of(refs.b, t)
-        span.state[slot] = state[...].astype(dtype)
-        weight = span.to_end[slot] * span.dt[slot]
-        for h in range(plan.heads):
-            rows, one = head_rows(h, plan.head_dim), slice(h, h + 1)
-            x = span.x[slot, rows].astype(jnp.float32) * weight[one]
-            own = matmul(x.astype(dtype), b)
-            state[rows] = state[rows] * span.across[slot, one] + own
-
-
 class _Work(NamedTuple):
     """Scratch for each chunk of a block, on its side."""
 
@@ -153,12 +69,12 @@ class _Work(NamedTuple):
     dy_start: jax.Array  # W L: dy, decayed from the chunk's start.
     x_end: jax.Array  # W L: x dt, decayed to the chunk's end.
     dstate: jax.Array  # W S: behind the chunk, as matmuls read it.
-    received: jax.Array  # L R: of the terms between tokens, what the later one gets.
+    received: jax.Array  # R L: of the terms between tokens, what the later one gets.
     sent: jax.Array  # R L: and what the earlier one gives.
-    from_start: jax.Array  # R L: terms from the state before.
-    to_end: jax.Array  # R L: terms to the state behind.
-    direct: jax.Array  # R L: what dt gets as a factor of x.
-    across: jax.Array  # R S: terms from state to state.
+    before: jax.Array  # R L: dy . (state before) c, not yet decayed.
+    behind: jax.Array  # R L: x . (ds behind) b, not yet decayed.
+    same: jax.Array  # R L: x . dy
+    across: jax.Array  # R S: ds behind . state before, summed over channels.
     dscores: jax.Array  # L L
 
 
@@ -166,7 +82,7 @@ def _work_shapes(plan: Plan, dtype) -> _Work:
     W, R, L, S = plan.width, plan.heads, CHUNK, plan.state_dim
     f32 = jnp.float32
     wide = [((W, L), f32)] * 2 + [((W, L), dtype)] * 2 + [((W, S), dtype)]
-    small = [((L, R), f32)] + [((R, L), f32)] * 4 + [((R, S), f32), ((L, L), f32)]
+    small = [((R, L), f32)] * 5 + [((R, S), f32), ((L, L), f32)]
     return _Work(
         *(pltpu.VMEM((plan.chunks, *shape), kind) for shape, kind in wide + small)
     )
@@ -177,7 +93,7 @@ def _chunk_backwards(t, slot, refs, out, span, all_work, rows_of, plan: Plan):
     time = slice(t * CHUNK, (t + 1) * CHUNK)
     work = _Work(*(z.at[t] for z in all_work))
     dtype, P = refs.x.dtype, plan.head_dim
-    _, later = _later()
+    down = lambda z: jnp.sum(z, 0, keepdims=True)
 
     def turn_in(tile):
         work.dy[tile] = turned(rows_of(refs.dy, t, tile), jnp.float32)
@@ -186,49 +102,45 @@ def _chunk_backwards(t, slot, refs, out, span, all_work, rows_of, plan: Plan):
         out.dx[0, time, tile] = turned(work.dx[tile], out.dx.dtype)
 
     def weigh(h):
-        exponent = span.total_down[slot, :, h : h + 1] - span.total[slot, h : h + 1]
+        exponent = span.total_down[slot, :, h : h + 1] - span.before[slot, h : h + 1]
         decay = jnp.exp2(jnp.minimum(exponent, span.ceiling[slot]))
         return decay, (span.scores[slot] * decay).astype(dtype)
 
     def multiply(h, decay, weights):
         rows, one = head_rows(h, P), slice(h, h + 1)
-        dy, x = work.dy[rows], span.x[slot, rows].astype(jnp.float32)
-        xdt = x * span.dt[slot, one]
+        dy, x = work.dy[rows], span.x[slot, rows]
         dy_start = (dy * span.from_start[slot, one]).astype(dtype)
         dstate = out.dstate[0, rows].astype(dtype)
-        work.x_end[rows] = (xdt * span.to_end[slot, one]).astype(dtype)
+        x_end = x.astype(jnp.float32) * span.end_weight[slot, one]
+        work.x_end[rows] = x_end.astype(dtype)
         work.dy_start[rows], work.dstate[rows] = dy_start, dstate
         return (
             decay,
-            matmul(rows_of(refs.dy, t, rows), xdt.astype(dtype)),
+            matmul(rows_of(refs.dy, t, rows), x),
+            matmul(x, weights, turn_b=True),
             matmul(dy.astype(dtype), weights),
             matmul(dstate, span.b_side[slot]),
             matmul(span.state[slot, rows], span.c_side[slot]),
             matmul(dy_start, rows_of(refs.c, t)),
         )
 
-    def finish(h, decay, pairs, inside, behind, before, own):
+    def finish(h, decay, pairs, outputs, inside, behind, before, own):
         rows, one = head_rows(h, P), slice(h, h + 1)
-        down = lambda z: jnp.sum(z, 0, keepdims=True)
-        dy, x = work.dy[rows], span.x[slot, rows].astype(jnp.float32)
-        dt, across = span.dt[slot, one], span.across[slot, one]
-        behind = behind * span.to_end[slot, one]
         pairs = pairs * decay
         work.dscores[...] = pairs if h == 0 else work.dscores[...] + pairs
-        terms = jnp.where(later, pairs * span.scores[slot], 0.0)
-        work.received[:, one] = jnp.sum(terms, 1, keepdims=True)
-        work.sent[one] = down(terms)
-        work.from_start[one] = down(dy * before) * span.from_start[slot, one]
-        to_end = down(x * behind)
-        work.to_end[one] = to_end * dt
-        inside = inside + behind
-        work.direct[one] = down(x * inside)
-        work.dx[rows] = inside * dt + dy * refs.d[0, one]
-        out.dd[0, 0, one] += down(x * dy)
+        dy, x = work.dy[rows], span.x[slot, rows].astype(jnp.float32)
+        work.received[one] = down(dy * outputs)
+        work.sent[one] = down(x * inside)
+        work.behind[one] = down(x * behind)
+        work.same[one] = down(x * dy)
+        work.dx[rows] = (
+            inside + behind * span.end_weight[slot, one] + dy * span.skip[slot, one]
+        )
+        work.before[one] = down(dy * before)
         dstate = out.dstate[0, rows]
         state = span.state[slot, rows].astype(jnp.float32)
-        work.across[one] = down(dstate * state) * across
-        out.dstate[0, rows] = dstate * across + own
+        work.across[one] = down(dstate * state)
+        out.dstate[0, rows] = dstate * span.across[slot, one] + own
 
     weights, products = {}, {}
     behind = min(_BEHIND, plan.heads - 1)
@@ -242,14 +154,18 @@ def _chunk_backwards(t, slot, refs, out, span, all_work, rows_of, plan: Plan):
             finish(i - behind, *products.pop(i - behind))
 
     def decays():
-        seen, _ = _later()
-        dlog = sum_along(
-            work.received[...].T - work.sent[...] + work.from_start[...], seen
-        )
-        dlog += sum_along(work.to_end[...], ~seen)
-        dlog += jnp.sum(work.across[...], 1, keepdims=True)
-        out.ddt[0, 0, :, time] = work.direct[...] + refs.a[0] * math.log(2) * dlog
-        out.da[0, 0] += span.dt[slot] * dlog
+        seen = pieces.later_or_same()
+        dt = span.dt[slot]
+        from_start = work.before[...] * span.from_start[slot]
+        dlog = sum_along(work.received[...] - work.sent[...] + from_start, seen)
+        dlog += sum_along(work.behind[...] * span.end_weight[slot], ~seen)
+        dlog += jnp.sum(work.across[...] * span.across[slot], 1, keepdims=True)
+        direct = work.sent[...] / jnp.maximum(dt, SMALL)
+        direct += work.behind[...] * span.to_end[slot]
+        direct += work.same[...] * span.own[slot]
+        out.ddt[0, 0, :, time] = direct + refs.a[0] * math.log(2) * dlog
+        out.da[0, 0] += dt * dlog
+        out.dd[0, 0] += work.same[...]
 
     def dc():
         own = matmul(work.dscores[...].astype(dtype), rows_of(refs.b, t))
@@ -312,7 +228,7 @@ def _kernel(*refs, plan: Plan, spans: int, packed: bool):
     @pl.when(forwards)
     def _():
         inside = block < plan.blocks
-        _walk_forwards(inputs, span, state, place, inside, rows_of, plan, packed)
+        walk_forwards(inputs, span, state, place, inside, rows_of, plan, packed)
 
     @pl.when(~forwards)
     def _():
@@ -397,7 +313,7 @@ def run(
         out_specs=[spec for spec, _ in outputs],
         out_shape=[shape for _, shape in outputs],
         scratch_shapes=[
-            *_span_shapes(plan, x.dtype),
+            *span_shapes(plan, x.dtype),
             *_work_shapes(plan, x.dtype),
             pltpu.VMEM((W, S), f32),
         ],

@@ -8,18 +8,18 @@ The price is turning x on the way in and y on the way out, tile by tile.
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.ssd.tpu.plan import CHUNK, LANES
 
 
-def matmul(a, b) -> Float[Array, "I J"]:
-    """a @ b in float32; float32 operands are not rounded to bfloat16 on the way."""
+def matmul(a, b, turn_b: bool = False) -> Float[Array, "I J"]:
+    """a @ b, or a @ b.T, in float32; float32 operands are not rounded to bfloat16."""
     exact = a.dtype == jnp.float32
     return lax.dot_general(
         a,
         b,
-        (((1,), (0,)), ((), ())),
+        (((1,), (int(turn_b),)), ((), ())),
         precision=lax.Precision.HIGHEST if exact else None,
         preferred_element_type=jnp.float32,
     )
@@ -32,9 +32,19 @@ def turned(tile: Array, dtype) -> Array:
 
 def earlier_or_same() -> Bool[Array, "L L"]:
     """True where the row's token comes no later than the lane's."""
-    shape = (CHUNK, CHUNK)
-    row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    row, lane = _positions()
     return row <= lane
+
+
+def later_or_same() -> Bool[Array, "L L"]:
+    """True where the row's token comes no earlier than the lane's."""
+    row, lane = _positions()
+    return row >= lane
+
+
+def _positions() -> tuple[Int[Array, "L L"], ...]:
+    shape = (CHUNK, CHUNK)
+    return tuple(lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
 
 def sum_along(rows: Float[Array, "I L"], mask: Bool[Array, "L L"]) -> Array:
