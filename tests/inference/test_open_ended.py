@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.watching import CFG, FLOAT32, SIZE, model, one_pass, prompt, text_of
+from tests.watching import CFG, FLOAT32, SIZE, model, one_pass, parts, prompt, text_of
 from timeviper_jax.data.examples import Example, Role
 from timeviper_jax.inference import programs
+from timeviper_jax.inference.memory import take
 from timeviper_jax.inference.open_ended import (
     OpenEndedConfig,
     OpenEndedVideo,
@@ -91,6 +92,24 @@ def _choice(kept: list[int]) -> np.ndarray:
     choice = np.zeros((3, SIZE.length), bool)
     choice[0, 2 : 2 + len(kept)] = kept
     return choice
+
+
+def test_what_was_dropped_is_copied_only_to_be_written_to():
+    video = begin("uniform_attention", "blocks")
+    feed(video, 11)
+    assert video.memory.waits
+    (own, _), (kept, _) = (
+        (passage.dropped.k for passage in memory.passages)
+        for memory in (take(video.memory, [0]), video.memory)
+    )
+    assert own is not kept
+    viewer = Viewer(model("uniform_attention"), ONE)
+    memory = viewer.watch([parts(LONG)[0]])
+    assert not memory.waits
+    assert take(memory, [0]).passages[0].dropped is memory.passages[0].dropped
+    one, again = (viewer.logits(memory, [QUESTION]) for _ in "ab")
+    np.testing.assert_array_equal(one, again)
+    np.testing.assert_allclose(one, one_pass("uniform_attention", [LONG]), **FLOAT32)
 
 
 def test_asking_and_conversing_leave_no_trace():

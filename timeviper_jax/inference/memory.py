@@ -102,6 +102,12 @@ class Memory:
         return len(self.vision_counts)
 
     @property
+    def waits(self) -> bool:
+        """Whether there are tokens that wait for a whole chunk."""
+        unread = self.unread is not None and self.unread.length > 0
+        return unread or any(passage.roles.any() for passage in self.passages)
+
+    @property
     def num_bytes(self) -> int:
         """What the videos cost to keep."""
         return sum(self.parts().values())
@@ -176,9 +182,9 @@ def _take(arrays: Any, rows: Int[Array, "R"]) -> Any:
     return jax.tree.map(lambda z: z[rows], arrays)
 
 
-def _take_passage(passage: Passage, rows: Int[np.ndarray, "R"]) -> Passage:
+def _take_passage(passage: Passage, rows: Int[np.ndarray, "R"], share: bool) -> Passage:
     spread, dropped = passage.spread, passage.dropped
-    if dropped:
+    if dropped and not share:
         k, v = _take((dropped.k, dropped.v), rows)
         dropped = DroppedKV(k=k, v=v, counts=dropped.counts[rows])
     return Passage(
@@ -193,13 +199,15 @@ def _take_passage(passage: Passage, rows: Int[np.ndarray, "R"]) -> Passage:
 def take(memory: Memory, rows: Sequence[int]) -> Memory:
     """A memory of its own with these rows, each as often as it is named."""
     index = np.asarray(rows, np.int32)
+    # What nothing more is written to is only read, and needs no copy.
+    share = list(rows) == list(range(memory.rows)) and not memory.waits
     return dataclasses.replace(
         memory,
         stretches=tuple(
             dataclasses.replace(s, caches=take_caches(s.caches, index))
             for s in memory.stretches
         ),
-        passages=tuple(_take_passage(passage, index) for passage in memory.passages),
+        passages=tuple(_take_passage(p, index, share) for p in memory.passages),
         held=memory.held and memory.held.take(rows),
         unread=memory.unread and memory.unread.take(rows),
         vision_counts=memory.vision_counts[index],
