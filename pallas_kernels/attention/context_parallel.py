@@ -11,6 +11,7 @@ the ring takes as long as its last device.
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -75,8 +76,43 @@ def attention_sharded(
     run = lambda name: _ring(
         q, keys, q_segment_ids, _Settings(axis_name, causal, scale, name)
     )
-    if implementation is not None:
-        return run(implementation)
+    return run(implementation) if implementation else _first_that_takes(run)
+
+
+def attention_to_shards(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    axis_name: str,
+    q_segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    kv_mask: Bool[Array, "B S"],
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """`attention`, without causality, of a few queries to the keys of all shards.
+
+    The queries are the same on every device, and so is what they read: each device
+    reads its own keys, and what they give is joined.
+
+    Args:
+      q, k, v, q_segment_ids, kv_segment_ids, kv_mask, scale: As in `attention`, of
+        all queries and of this device's shard of S.
+      axis_name: The mesh axis along which S is cut.
+    """
+    if not k.shape[1]:
+        return jnp.zeros_like(q)
+    keys = _Keys(k, v, kv_segment_ids, kv_mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _first_that_takes(
+        lambda name: _joined(
+            q, keys, q_segment_ids, _Settings(axis_name, False, scale, name)
+        )
+    )
+
+
+def _first_that_takes(run: Callable[[Implementation], Array]) -> Array:
+    """What suits the platform, if it takes the arguments."""
     if target_platform() == "tpu":
         try:
             return run("splash_tpu")
@@ -141,6 +177,55 @@ def _backward(settings: _Settings, residuals, dout):
 
 
 _ring.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _joined(q, keys: _Keys, q_segment_ids, settings: _Settings):
+    return _joined_forward(q, keys, q_segment_ids, settings)[0]
+
+
+def _joined_forward(
+    q: Float[Array, "B T N H"],
+    keys: _Keys,
+    q_segment_ids: Int[Array, "B T"] | None,
+    settings: _Settings,
+):
+    part = _FILES[settings.implementation].part
+    rules = _own_rules(keys, q_segment_ids, settings)
+    out, log_own = part(q, keys.k, keys.v, **rules)
+    peak = lax.pmax(log_own, settings.axis_name)
+    log_total = peak + jnp.log(lax.psum(jnp.exp(log_own - peak), settings.axis_name))
+    own = out * jnp.exp(log_own - log_total)[..., None]
+    out = lax.psum(own, settings.axis_name).astype(q.dtype)
+    return out, (q, keys, q_segment_ids, out, log_total)
+
+
+def _joined_backward(settings: _Settings, residuals, dout):
+    q, keys, q_segment_ids, out, log_total = residuals
+    # Each device may have used what was read in its own way.
+    dout = lax.psum(dout, settings.axis_name)
+    dq, dk, dv = _FILES[settings.implementation].part_gradients(
+        *(q, keys.k, keys.v, out, log_total, dout),
+        **_own_rules(keys, q_segment_ids, settings),
+    )
+    dkeys = _Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), None, None)
+    return dq.astype(q.dtype), dkeys, None
+
+
+_joined.defvjp(_joined_forward, _joined_backward)
+
+
+def _own_rules(keys: _Keys, q_segment_ids, settings: _Settings) -> dict:
+    """How queries see the keys of this device."""
+    return {
+        "causal": False,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": keys.segment_ids,
+        "kv_mask": keys.mask,
+        "q_offset": 0,
+        "kv_length": keys.k.shape[1],
+        "scale": settings.scale,
+    }
 
 
 def _rules(q, keys: _Keys, q_segment_ids, distance, settings: _Settings) -> dict:

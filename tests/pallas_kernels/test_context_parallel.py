@@ -56,6 +56,19 @@ for name, rules, causal in CASES:
             functools.partial(attention, causal=causal, implementation="xla"),
             inputs, inputs, cut, normal(2, T, N, H), dict(implementation=name))
 """
+FEW_QUERIES = """
+from pallas_kernels.attention import attention
+from pallas_kernels.attention.context_parallel import attention_to_shards
+N, K, H = 4, 2, 8
+# One query of each segment, and one of none.
+queries = jnp.array([3, 1, 2, 7, 5, 9])
+inputs = dict(q=normal(2, 6, N, H), k=normal(2, T, K, H), v=normal(2, T, K, H),
+              q_segment_ids=jnp.stack([queries, jnp.ones_like(queries)]),
+              kv_segment_ids=ids, kv_mask=ids > 0)
+compare(attention_to_shards,
+        functools.partial(attention, causal=False, implementation="xla"),
+        inputs, [k for k in inputs if k[0] != "q"], whole, normal(2, 6, N, H), {})
+"""
 CONVOLUTION = """
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.causal_conv1d.context_parallel import causal_conv1d_sharded
@@ -92,6 +105,10 @@ def test_a_ring_of_keys_is_the_whole_attention():
 def test_a_ring_of_splash_kernels_is_the_whole_attention():
     cases = [("splash_tpu", "packed", True), ("splash_tpu", "masked", False)]
     _run(f"CASES = {cases}" + ATTENTION)
+
+
+def test_a_few_queries_read_the_keys_of_all_shards():
+    _run(FEW_QUERIES)
 
 
 def test_a_halo_makes_shards_the_whole_convolution():
