@@ -143,3 +143,14 @@ def test_muon_leaves_to_adam_what_is_no_matrix_between_features():
     wanted = _step(params, grads, dataclasses.replace(MUON, muon=False))
     for path, update in _step(params, grads, MUON).items():
         np.testing.assert_array_equal(update, wanted[path])
+
+
+@pytest.mark.parametrize("cfg", [CFG, MUON], ids=["adamw", "muon"])
+def test_first_moments_have_their_own_dtype(cfg):
+    params = _params(**{"llm/mlp/mixer/up/kernel": (1, 4, 4), "llm/norm/scale": (4,)})
+    cfg = dataclasses.replace(cfg, momentum_dtype="bfloat16")
+    state = make_optimizer(params, lambda _: 1e-2, cfg).init(params)
+    moments = [x for x in jax.tree.leaves(state) if x.size in (16, 4)]
+    assert [x.dtype.name for x in moments].count("bfloat16") == 2
+    # Muon's matrix has no second moment.
+    assert len(moments) == (3 if cfg.muon else 4)

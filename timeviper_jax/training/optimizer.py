@@ -37,7 +37,8 @@ _MUON_RMS = 0.2
 class OptimizerConfig:
     """The numbers of AdamW, and whether matrices have `muon` in its place.
 
-    `warmup` is a share of the steps, `final_lr` one of the peak.
+    `warmup` is a share of the steps, `final_lr` one of the peak. `momentum_dtype` is
+    that of the first moments; the second stay in the parameters'.
     """
 
     muon: bool
@@ -48,6 +49,7 @@ class OptimizerConfig:
     clip_norm: float
     warmup: float
     final_lr: float
+    momentum_dtype: str = "float32"
 
 
 def make_schedule(lr: float, steps: int, cfg: OptimizerConfig) -> optax.Schedule:
@@ -101,14 +103,15 @@ def updates_made(opt_state: optax.OptState) -> int:
 
 def _direction(params: Shapes, cfg: OptimizerConfig) -> optax.GradientTransformation:
     """Gradients to updates of the size of Adam's, by Adam or, for matrices, Muon."""
-    adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
+    dtype = cfg.momentum_dtype
+    adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, mu_dtype=dtype)
     if not cfg.muon:
         return adam
     axes = {path: found for path in params if (found := _axes(path))}
     labels = {path: "muon" if path in axes else "adam" for path in params}
     # What is no matrix is masked, as `partition` masks it.
     masked = {path: axes.get(path, optax.MaskedNode()) for path in params}
-    muon = scale_by_muon(weight_dimension_numbers=masked)
+    muon = scale_by_muon(weight_dimension_numbers=masked, mu_dtype=dtype)
     sizes = {path: _size(params[path].shape, found) for path, found in axes.items()}
     return optax.chain(
         optax.partition({"adam": adam, "muon": muon}, labels),
