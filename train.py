@@ -302,6 +302,7 @@ def run_stages(
         # What moves, and what stands still.
         phases.enter("setup")
         cfg = base.with_transv(stage.transv)
+        experiment.check_mesh(cfg, stage, mesh)
         graph, _ = experiment.describe(cfg)
         pairs = {path: array for path, array in params.items() if is_lora(path)}
         params = experiment.fill(cfg, params, c.seed, mesh)
@@ -317,10 +318,9 @@ def run_stages(
         objective = stage.task.objective(tokenizer)
 
         # The batches; each stage has its own order.
+        part, parts = sharding.feed(mesh)
         hosts = dict(
-            seed=c.seed + 1000 * number,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            seed=c.seed + 1000 * number, process_index=part, process_count=parts
         )
         validation = None
         if isinstance(stage.task, FrameTask):

@@ -1,14 +1,19 @@
 """Where arrays live: every parameter has one rule, and its shards are whole."""
 
+import dataclasses
+
 import jax
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from tests.training.mini import make_task
 from timeviper_jax import sharding
 from timeviper_jax.presets import PRESETS, encoder, with_encoder
 from timeviper_jax.timeviper import TimeViper
+from timeviper_jax.training import experiment
+from timeviper_jax.training.experiment import StageConfig
 
 # Those of the pods that large models are meant for, and the eight devices of the tests.
 _PODS = [(1, 64, 1, 1), (1, 8, 8, 1), (4, 16, 4, 1), (1, 4, 1, 16)]
@@ -20,8 +25,8 @@ MESHES = {
     "qwen2_1_5b": _FEW_KV_HEADS,
     "qwen2_3b": _FEW_KV_HEADS,
     "qwen2_7b": _FEW_KV_HEADS,
-    "small": [(1, 8, 1, 1), (1, 4, 2, 1), (8, 1, 1, 1)],
-    "tiny": [(1, 8, 1, 1), (1, 4, 2, 1), (8, 1, 1, 1)],
+    "small": [(1, 8, 1, 1), (1, 4, 1, 2), (8, 1, 1, 1)],
+    "tiny": [(1, 8, 1, 1), (1, 4, 2, 1), (1, 2, 2, 2), (8, 1, 1, 1)],
 }
 
 
@@ -46,13 +51,59 @@ def test_every_parameter_matches_exactly_one_rule(shapes):
         assert len(sharding.spec_of(path)) <= len(shape), path
 
 
-def test_mesh_axes_divide_every_parameter(preset, shapes):
+def _mesh(*sizes):
     types = (AxisType.Auto,) * len(sharding.AXES)
+    return AbstractMesh(sizes, sharding.AXES, axis_types=types)
+
+
+STAGE = StageConfig(
+    task=make_task(num_frames=256, text_tokens=2048),
+    steps=1,
+    batch_size=128,
+    accumulate=2,
+    lr=1.0,
+    lr_multipliers=(),
+    frozen=(),
+    transv=(),
+)
+
+
+def test_meshes_divide_models_and_their_batches(preset):
     for sizes in MESHES[preset]:
-        mesh = AbstractMesh(sizes, sharding.AXES, axis_types=types)
+        experiment.check_mesh(PRESETS[preset], STAGE, _mesh(*sizes))
+
+
+def test_every_shard_is_whole(preset, shapes):
+    for sizes in MESHES[preset]:
         for path, shape in shapes.items():
-            place = jax.sharding.NamedSharding(mesh, sharding.spec_of(path))
+            place = jax.sharding.NamedSharding(_mesh(*sizes), sharding.spec_of(path))
             assert len(place.shard_shape(shape)) == len(shape), path
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((1, 1, 3, 1), "num_heads=40 does not divide over the mesh's tensor=3"),
+        ((1, 96, 1, 1), "does not divide llm/.* \\(.*\\), which is split as"),
+        ((1, 1, 20, 1), "num_kv_heads=8 does not divide over the mesh's tensor=20"),
+        ((128, 1, 1, 1), "batch_size / accumulate=64 .* data=128 x fsdp=1; use a mult"),
+        ((1, 1, 1, 4096), "A row's tokens=6144 does not divide .* context=4096"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_an_error_of_one_line(sizes, words):
+    with pytest.raises(ValueError, match=words) as error:
+        experiment.check_mesh(PRESETS["nano_9b"], STAGE, _mesh(*sizes))
+    assert "\n" not in str(error.value)
+
+
+def test_parts_that_do_not_divide_a_batch_are_an_error():
+    stage = dataclasses.replace(STAGE, accumulate=3)
+    with pytest.raises(ValueError, match="batch_size=128 does not divide into accum"):
+        experiment.check_mesh(PRESETS["tiny"], stage, _mesh(1, 1, 1, 1))
+
+
+def test_a_single_host_makes_the_whole_batch():
+    assert sharding.feed(sharding.make_mesh()) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -60,12 +111,8 @@ def test_mesh_axes_divide_every_parameter(preset, shapes):
 )
 def test_mesh_axes_divide_other_encoders_too(name):
     cfg = with_encoder(PRESETS["nano_9b"], encoder(name), "tome_mlp-16")
-    types = (AxisType.Auto,) * len(sharding.AXES)
     for sizes in MESHES["nano_9b"]:
-        mesh = AbstractMesh(sizes, sharding.AXES, axis_types=types)
-        for path, shape in _shapes(cfg).items():
-            place = jax.sharding.NamedSharding(mesh, sharding.spec_of(path))
-            assert len(place.shard_shape(shape)) == len(shape), path
+        experiment.check_mesh(cfg, STAGE, _mesh(*sizes))
 
 
 def test_a_parameter_without_a_rule_is_an_error():

@@ -6,7 +6,9 @@ be kept and take its place in a batch.
 """
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,13 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
+from timeviper_jax import sharding
 from timeviper_jax.data.examples import Batch, Role
 from timeviper_jax.data.images import Fit, Resize, fill_of
 from timeviper_jax.layers.norm import rms_normalise
 from timeviper_jax.llm.hybrid import HybridConfig, HybridLM, Output
-from timeviper_jax.llm.stream import Stream, make_stream, take
+from timeviper_jax.llm.rows import move_tokens
+from timeviper_jax.llm.stream import Stream, make_stream
 from timeviper_jax.llm.transv import Stage
 from timeviper_jax.vision import encoder
 from timeviper_jax.vision.encoder import EncoderConfig, make_encoder
@@ -170,34 +174,28 @@ class TimeViper(nnx.Module):
 
         Each frame is encoded alone, or in clips: see vision/encoder.py.
         """
-        return encoder.encode(
-            self.vision, frames, self.cfg.tokens_per_frame, order=self.cfg.token_order
-        )
+        return _encode(self.vision, frames, cfg=self.cfg)
 
     def project(
         self, features: Float[Array, "B F V E"], times: Float[Array, "B F"]
     ) -> Float[Array, "B F V D"]:
         """Vision tokens as the language model reads them."""
-        tokens = self.projector(features.astype(self.cfg.llm.dtype))
-        if self.cfg.normalise_vision:
-            tokens = rms_normalise(tokens, self.cfg.llm.norm_eps).astype(tokens.dtype)
-            tokens = tokens * self.cfg.llm.embed_std
-        if not self.cfg.time_digits:
-            return tokens
-        return tokens + self.time(times)[:, :, None]
+        return _project(*self._projection.values(), features, times, cfg=self.cfg)
+
+    @property
+    def _projection(self) -> dict[str, nnx.Module]:
+        digits = {"time": self.time} if self.cfg.time_digits else {}
+        return {"projector": self.projector, **digits}
 
     def embed(self, batch: Batch) -> Stream:
         """Puts text embeddings and vision tokens in their places."""
-        features = batch.features
-        if features is None and batch.frames is not None:
-            features = self.encode(batch.frames)
-        capacity = 0
         x = self.embed_text(batch.tokens, batch.roles)
-        if features is not None:
-            vision = self.project(features, batch.frame_times)
-            vision = rearrange(vision, "B F V D -> B (F V) D")
-            capacity = vision.shape[1]
-            x = _splice(x, vision, batch.roles)
+        media = batch.frames if batch.features is None else batch.features
+        capacity = 0
+        if media is not None:
+            capacity = media.shape[1] * self.cfg.tokens_per_frame
+            vision = self.vision_tokens(batch)
+            x = _splice(x, rearrange(vision, "B F V D -> B (F V) D"), batch.roles)
         return make_stream(
             x,
             batch.roles,
@@ -206,12 +204,48 @@ class TimeViper(nnx.Module):
             vision_capacity=capacity,
         )
 
+    def vision_tokens(self, batch: Batch) -> Float[Array, "B F V D"]:
+        """Encoded and projected frames of a batch, or projected features.
+
+        Under a mesh each device has some frames of each row, and all parameters; empty
+        frames behind the last one make their number divide.
+        """
+        features, times = batch.features, batch.frame_times
+        if sharding.active_mesh() is None:
+            features = self.encode(batch.frames) if features is None else features
+            return self.project(features, times)
+        run = functools.partial(
+            sharding.on_shards,
+            out_specs=sharding.FRAMES,
+            gathered=("fsdp", "tensor"),
+        )
+        if features is None:
+            clip = self.cfg.vision.clip_frames
+            frames = _fill_shards(batch.frames, clip if clip <= times.shape[1] else 1)
+            features = run(
+                functools.partial(_encode_in_turn, cfg=self.cfg),
+                {"vision": self.vision},
+                frames,
+                in_specs=(sharding.FRAMES,),
+                dtype=self.cfg.vision.dtype,
+            )
+        features = _fill_shards(features, 1)
+        times = jnp.pad(times, ((0, 0), (0, features.shape[1] - times.shape[1])))
+        return run(
+            functools.partial(_project, cfg=self.cfg),
+            self._projection,
+            features,
+            times,
+            in_specs=(sharding.FRAMES, sharding.FRAMES),
+            dtype=self.cfg.llm.dtype,
+        )
+
     def embed_text(
         self, tokens: Int[Array, "B T"], roles: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """Text embeddings; zeros where a vision token will stand."""
         vision = roles == Role.VISION
-        x = self.llm.embed(jnp.where(vision, 0, tokens))
+        x = self.llm.embed_tokens(jnp.where(vision, 0, tokens))
         return jnp.where(vision[..., None], 0, x)
 
     def match_words(
@@ -229,8 +263,56 @@ class TimeViper(nnx.Module):
         return sharpness * mean @ embeddings.T
 
 
+# So many frames go through an encoder at once, where each device has its own.
+_FRAMES_AT_ONCE = 32
 # A frame that looks just like a word in its initial size gets this logit.
 _WORD_SHARPNESS = 10.0
+
+
+def _encode(
+    vision: nnx.Module, frames: Num[Array, "*B H W C"], *, cfg: TimeViperConfig
+) -> Float[Array, "*B V E"]:
+    return encoder.encode(vision, frames, cfg.tokens_per_frame, order=cfg.token_order)
+
+
+def _encode_in_turn(
+    vision: nnx.Module, frames: Num[Array, "B F H W C"], *, cfg: TimeViperConfig
+) -> Float[Array, "B F V E"]:
+    """Some frames after the other: within the encoder one takes many megabytes."""
+    B, F = frames.shape[:2]
+    if B * F <= _FRAMES_AT_ONCE:
+        return _encode(vision, frames, cfg=cfg)
+    clip = cfg.vision.clip_frames if cfg.vision.clip_frames <= F else 1
+    sizes = range(clip, max(clip, _FRAMES_AT_ONCE) + 1, clip)
+    some = max(size for size in sizes if F % size == 0)
+    parts = frames.reshape(B * F // some, some, *frames.shape[2:])
+    features = jax.lax.map(lambda part: _encode(vision, part, cfg=cfg), parts)
+    return features.reshape(B, F, *features.shape[2:])
+
+
+def _project(
+    projector: nnx.Module,
+    *args: Any,
+    cfg: TimeViperConfig,
+) -> Float[Array, "B F V D"]:
+    """`TimeViper.project`; before its own arguments, what embeds times, if anything."""
+    *time, features, times = args
+    tokens = projector(features.astype(cfg.llm.dtype))
+    if cfg.normalise_vision:
+        tokens = rms_normalise(tokens, cfg.llm.norm_eps).astype(tokens.dtype)
+        tokens = tokens * cfg.llm.embed_std
+    for digits in time:
+        tokens = tokens + digits(times)[:, :, None]
+    return tokens
+
+
+def _fill_shards(
+    frames: Num[Array, "B F *rest"], clip: int
+) -> Num[Array, "B F2 *rest"]:
+    """Empty frames behind the others, so that every device has as many whole clips."""
+    shards = sharding.axis_size("context") * sharding.axis_size("tensor")
+    behind = -frames.shape[1] % (shards * clip)
+    return jnp.pad(frames, [(0, 0), (0, behind)] + [(0, 0)] * (frames.ndim - 2))
 
 
 def _splice(
@@ -239,5 +321,5 @@ def _splice(
     """Puts the j-th vision token of a row where its j-th VISION role stands."""
     is_vision = roles == Role.VISION
     index = jnp.maximum(jnp.cumsum(is_vision, axis=1) - 1, 0)
-    tokens = take(vision, index)
+    tokens = move_tokens(vision, index)
     return jnp.where(is_vision[..., None], tokens.astype(x.dtype), x)

@@ -292,7 +292,14 @@ def run_as():
     return functools.cache(lambda **changes: run(**changes))
 
 
-@pytest.mark.parametrize("changes", [dict(rolled=True, remat=True), dict(remat=True)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rolled=True, remat=True),
+        dict(rolled=True, remat=True, remat_keeps="matmuls"),
+        dict(remat=True),
+    ],
+)
 def test_layers_run_rolled_or_recomputed_to_the_same_end(run_as, changes):
     grads, hidden = run_as(**changes)
     want, want_hidden = run_as()

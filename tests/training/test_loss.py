@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from timeviper_jax.data.examples import Batch
+from timeviper_jax.training import cross_entropy
 from timeviper_jax.training.loss import _exact, check_answers, find_targets
 from timeviper_jax.training.metrics import Mean
 
@@ -68,3 +70,45 @@ def test_exact_counts_samples_not_tokens():
 def test_a_mean_of_nothing_has_no_weight():
     mean = Mean.of(jnp.array([5.0, 7.0]), jnp.array([False, False]))
     assert (mean.total, mean.count) == (0, 0)
+
+
+@pytest.mark.parametrize("at_once", [2**20, 40, 7])
+def test_a_loss_by_parts_is_that_of_all_logits(monkeypatch, at_once):
+    monkeypatch.setattr(cross_entropy, "_AT_ONCE", at_once)
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (2, 5, 6))
+    head = jax.random.normal(keys[1], (6, 13))
+    targets = jax.random.randint(keys[2], (2, 5), 0, 13)
+    weights = jax.random.normal(keys[3], (2, 5))
+
+    def by_parts(hidden, head):
+        losses, correct = cross_entropy.cross_entropy(
+            hidden, head, targets, dtype="float32"
+        )
+        return jnp.sum(weights * losses), (losses, correct)
+
+    def at_a_time(hidden, head):
+        logits = hidden @ head
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        correct = jnp.argmax(logits, axis=-1) == targets
+        return jnp.sum(weights * losses), (losses, correct)
+
+    got, want = (
+        jax.grad(f, argnums=(0, 1), has_aux=True)(hidden, head)
+        for f in (by_parts, at_a_time)
+    )
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
+
+
+def test_no_more_logits_stand_at_once_than_allowed(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_AT_ONCE", 40)
+    hidden, head = jnp.ones((2, 5, 6)), jnp.ones((6, 13))
+    targets = jnp.zeros((2, 5), jnp.int32)
+
+    def loss(hidden):
+        losses, _ = cross_entropy.cross_entropy(hidden, head, targets, dtype="float32")
+        return losses.sum()
+
+    program = jax.jit(jax.grad(loss)).lower(hidden).as_text()
+    assert "tensor<3x13xf32>" in program and "tensor<10x13xf32>" not in program

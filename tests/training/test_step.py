@@ -7,13 +7,18 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from tests.training import mini
 from timeviper_jax import sharding
-from timeviper_jax.training.metrics import summarise
-from timeviper_jax.training.step import create_state, make_train_step
+from timeviper_jax.training import guard
+from timeviper_jax.training.metrics import Mean, summarise
+from timeviper_jax.training.parameters import split
+from timeviper_jax.training.step import TrainState, create_state, make_train_step
 
 MESH = sharding.make_mesh(fsdp=-1)
 
@@ -64,6 +69,44 @@ def test_accumulated_parts_are_one_batch(model, whole):
     np.testing.assert_allclose(
         state.params["llm/head/kernel"], whole[1].params["llm/head/kernel"], atol=1e-5
     )
+
+
+def _squares(model, batch):
+    """A cheap objective of which rows have different numbers of targets."""
+    error = (model(batch["x"]) - batch["y"]) ** 2
+    return {"loss": Mean.of(error.sum(-1), batch["counts"])}
+
+
+def test_the_gradient_of_four_parts_is_that_of_the_batch_to_1e_6():
+    graph, params = split(nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    batch = {
+        "x": rng.normal(size=(8, 5)).astype(np.float32),
+        "y": rng.normal(size=(8, 3)).astype(np.float32),
+        "counts": np.arange(8, dtype=np.float32),
+    }
+    descent = optax.sgd(1.0)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=descent.init(params),
+        guard=guard.init(guard.FINITE),
+    )
+    after = [
+        jax.jit(make_train_step(graph, _squares, descent, accumulate=parts))(
+            state, {}, batch
+        )
+        for parts in (1, 4)
+    ]
+    (one, means), (four, parts) = after
+    np.testing.assert_allclose(parts["loss"], means["loss"], rtol=1e-6)
+    for path in params:
+        gradient = params[path] - one.params[path]
+        scale = np.abs(gradient).max()
+        assert scale > 0.1
+        np.testing.assert_allclose(
+            params[path] - four.params[path], gradient, atol=1e-6 * scale
+        )
 
 
 def test_frozen_parameters_have_no_gradient_and_no_memory(model):

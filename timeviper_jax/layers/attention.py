@@ -7,6 +7,7 @@ that it follows from what is packed, cached or dropped, and is never passed arou
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import attention
+from pallas_kernels.attention.context_parallel import attention_sharded
 from timeviper_jax.layers.cache import KVCache, Slots
 from timeviper_jax.layers.layout import Layout
 from timeviper_jax.layers.rope import rotate
@@ -132,7 +134,8 @@ class Attention(nnx.Module):
             q, k, v = self.project(x, counts)
             ids = layout.boundaries
             mask = None if layout.packed else layout.valid
-            y = attention(
+            ring = functools.partial(attention_sharded, axis_name=layout.axis)
+            y = (ring if layout.axis else attention)(
                 q,
                 k,
                 v,

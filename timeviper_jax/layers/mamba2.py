@@ -5,6 +5,7 @@ as one matrix for each of z, x, B, C and dt, so that each shards on its own head
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -14,7 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.causal_conv1d import causal_conv1d
+from pallas_kernels.causal_conv1d.context_parallel import causal_conv1d_sharded
 from pallas_kernels.ssd import ssd, ssd_step
+from pallas_kernels.ssd.context_parallel import ssd_sharded
 from timeviper_jax.layers.cache import MambaCache
 from timeviper_jax.layers.layout import Layout
 from timeviper_jax.layers.norm import GatedRMSNorm
@@ -80,15 +83,15 @@ class CausalConv(nnx.Module):
         layout: Layout,
         window: Float[Array, "B W X"] | None,
     ) -> tuple[Float[Array, "B T X"], Float[Array, "B W X"]]:
-        return causal_conv1d(
-            x,
-            self.kernel[...].astype(self.dtype),
-            self.bias[...].astype(self.dtype),
-            initial_state=window,
-            lengths=layout.lengths,
-            segment_ids=layout.boundaries,
-            activation="silu",
+        kernel, bias = (p[...].astype(self.dtype) for p in (self.kernel, self.bias))
+        options = dict(
+            initial_state=window, segment_ids=layout.boundaries, activation="silu"
         )
+        if layout.axis:
+            return causal_conv1d_sharded(
+                x, kernel, bias, axis_name=layout.axis, **options
+            )
+        return causal_conv1d(x, kernel, bias, lengths=layout.lengths, **options)
 
 
 class Mamba2(nnx.Module):
@@ -139,9 +142,9 @@ class Mamba2(nnx.Module):
         values, conv_x = self.conv_x(self.in_x(x), layout, conv_x)
         b, conv_b = self.conv_b(self.in_b(x), layout, conv_b)
         c, conv_c = self.conv_c(self.in_c(x), layout, conv_c)
-        values = rearrange(values, "B T (N P) -> B T N P", N=self.cfg.num_heads)
+        values = rearrange(values, "B T (N P) -> B T N P", P=self.cfg.head_dim)
         b, c = (
-            rearrange(m, "B T (G S) -> B T G S", G=self.cfg.num_groups) for m in (b, c)
+            rearrange(m, "B T (G S) -> B T G S", S=self.cfg.state_dim) for m in (b, c)
         )
         y, state = self.scan(values, dt, b, c, layout, cache)
         y = self.out(self.norm(rearrange(y, "B T N P -> B T (N P)"), z))
@@ -175,7 +178,8 @@ class Mamba2(nnx.Module):
             )
             return y[:, None], state
         name = self.cfg.implementation
-        return ssd(
+        run = functools.partial(ssd_sharded, axis_name=layout.axis)
+        return (run if layout.axis else ssd)(
             x,
             dt,
             a,

@@ -35,7 +35,7 @@ class GatedRMSNorm(nnx.Module):
     def __init__(
         self, dim: int, groups: int, *, eps: float, param_dtype: str, rngs: nnx.Rngs
     ):
-        self.groups, self.eps = groups, eps
+        self.group_dim, self.eps = dim // groups, eps
         self.scale = nnx.Param(
             nnx.initializers.ones(rngs.params(), (dim,), param_dtype)
         )
@@ -44,6 +44,6 @@ class GatedRMSNorm(nnx.Module):
         self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"]
     ) -> Float[Array, "*B D"]:
         gated = x.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
-        grouped = gated.reshape(*x.shape[:-1], self.groups, -1)
+        grouped = gated.reshape(*x.shape[:-1], -1, self.group_dim)
         normed = rms_normalise(grouped, self.eps).reshape(x.shape)
         return (normed * self.scale[...]).astype(x.dtype)

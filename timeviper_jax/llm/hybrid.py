@@ -12,23 +12,32 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from timeviper_jax import sharding
 from timeviper_jax.layers.attention import Attention, AttentionConfig
 from timeviper_jax.layers.cache import Cache, KVCache, MambaCache, Slots
 from timeviper_jax.layers.layout import Layout
 from timeviper_jax.layers.mamba2 import Mamba2, Mamba2Config
 from timeviper_jax.layers.mlp import MLP, GatedMLP, MLPConfig
 from timeviper_jax.layers.norm import RMSNorm
-from timeviper_jax.llm import transv
+from timeviper_jax.llm import rolled, transv
+from timeviper_jax.llm.rows import read_tokens
 from timeviper_jax.llm.stream import Stream, take
 from timeviper_jax.llm.transv import Dropped, Stage
 
+# What a layer that is recomputed may keep of its forward pass.
+REMAT_KEEPS = {
+    "inputs": jax.checkpoint_policies.nothing_saveable,
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 KINDS = {"M": "mamba", "*": "attention", "-": "mlp"}
 
 
@@ -41,7 +50,8 @@ class HybridConfig:
     instead of squared ReLU. With `tied` the head is the embedding. `match_init` starts
     attention as a search for like tokens (see `init_matching`), for small models
     without pretraining. `rolled` runs the stack as one scan; `remat` recomputes each
-    layer in the backward pass.
+    layer in the backward pass from what `remat_keeps`: its "inputs" alone, or the
+    results of its "matmuls" too.
     """
 
     pattern: str
@@ -71,6 +81,7 @@ class HybridConfig:
     ssd: str = "auto"
     rolled: bool = False
     remat: bool = False
+    remat_keeps: str = "inputs"
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -87,6 +98,10 @@ class HybridConfig:
         )
         if "M" in self.pattern and not all(sizes.values()):
             raise ValueError(f"A pattern with M needs sizes above 0: {sizes}.")
+        if self.remat_keeps not in REMAT_KEEPS:
+            raise ValueError(
+                f"remat_keeps={self.remat_keeps!r} is not one of {list(REMAT_KEEPS)}."
+            )
         if self.tied and self.match_init:
             raise ValueError("match_init starts a head of its own; set tied=False.")
         transv.check_stages(self.transv, self.pattern)
@@ -166,6 +181,12 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], *args: object
     ) -> Float[Array, "B T D"] | tuple:
         return self.mixer(self.norm(x), *args)
+
+    def mix(self, x: Float[Array, "B T D"], layout: Layout) -> Float[Array, "B T D"]:
+        """What the block adds to whole rows."""
+        if isinstance(self.mixer, MLP | GatedMLP):
+            return self(x)
+        return self(x, layout)[0]
 
 
 def stack(count: int, create: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs):
@@ -311,10 +332,29 @@ class HybridLM(nnx.Module):
             after.append(cache)
         return self.norm(x), tuple(after)
 
+    def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings of whole rows of tokens."""
+        if sharding.active_mesh() is None:
+            return self.embed(tokens)
+        return sharding.on_shards(
+            _embed_shard,
+            {"llm/embed": self.embed},
+            tokens,
+            in_specs=(sharding.TOKENS,),
+            out_specs=sharding.TOKENS,
+            dtype=self.cfg.dtype,
+            gathered=(),
+        )
+
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """Next-token logits of normed hidden states, in float32."""
         head = self.embed.attend if self.cfg.tied else self.head
         return head(hidden).astype(jnp.float32)
+
+    @property
+    def head_kernel(self) -> Float[Array, "D vocab"]:
+        """The matrix of `logits`, which is the embedding's where that is tied."""
+        return self.embed.embedding[...].T if self.cfg.tied else self.head.kernel[...]
 
     # Layers.
 
@@ -355,6 +395,14 @@ class HybridLM(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         kinds = sorted({kind for kind, _ in todo})
         first = dict(reversed(todo))
+        if cache is None and self.cfg.remat and self.cfg.remat_keeps == "inputs":
+            mixers, stacks = {}, {}
+            for kind in kinds:
+                graph, params = nnx.split(getattr(self, kind))
+                flat = nnx.to_flat_state(params)
+                mixers[kind] = self._mixer(kind, graph)
+                stacks[kind] = {path: param[...] for path, param in flat}
+            return rolled.run(mixers, todo, stacks, x, layout), None
 
         def branch(kind):
             return lambda i, x, cache: self._mix(
@@ -382,23 +430,46 @@ class HybridLM(nnx.Module):
         cache: Cache | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """One block's mixer output; `cache_index` counts within the cache's layers."""
-
-        def mix(x, layout, *args):
-            args = () if kind == "mlp" else (layout, *args)
-            return self.block(kind, index)(x, *args)
-
-        if self.cfg.remat:
-            mix = jax.checkpoint(mix)
-        if kind == "mlp":
-            return mix(x, layout), cache
-        if cache is None:
-            return mix(x, layout)[0], None
+        checkpointed = functools.partial(
+            jax.checkpoint, policy=REMAT_KEEPS[self.cfg.remat_keeps]
+        )
+        if not self.cfg.remat:
+            checkpointed = lambda f: f
+        if cache is None or kind == "mlp":
+            mix = lambda x, layout: self._mix_whole(
+                kind, self.block(kind, index), x, layout
+            )
+            return checkpointed(mix)(x, layout), cache
         own = getattr(cache, kind)
         here = jax.tree.map(lambda z: z[cache_index], own)
         slots = (cache.slots,) if kind == "attention" else ()
-        mixed, here = mix(x, layout, here, *slots)
+        mix = lambda *args: self.block(kind, index)(*args)
+        mixed, here = checkpointed(mix)(x, layout, here, *slots)
         own = jax.tree.map(lambda z, new: z.at[cache_index].set(new), own, here)
         return mixed, dataclasses.replace(cache, **{kind: own})
+
+    def _mixer(self, kind: str, graph: nnx.GraphDef) -> rolled.Mixer:
+        """One block of a kind as a function of its parameters."""
+        return lambda params, x, layout: self._mix_whole(
+            kind, nnx.merge(graph, nnx.from_flat_state(params)), x, layout
+        )
+
+    def _mix_whole(
+        self, kind: str, block: Block, x: Float[Array, "B T D"], layout: Layout
+    ) -> Float[Array, "B T D"]:
+        """The mixer output of a block that sees whole rows, on each device's shards."""
+        if sharding.active_mesh() is None:
+            return block.mix(x, layout)
+        return sharding.on_shards(
+            lambda block, *args: sharding.sum_shards(block.mix(*args), "tensor"),
+            {f"llm/{kind}": block},
+            x,
+            layout.cut(sharding.context_axis()),
+            in_specs=(sharding.TOKENS, sharding.TOKENS),
+            out_specs=sharding.TOKENS,
+            dtype=self.cfg.dtype,
+            stacked=True,
+        )
 
     def block(self, kind: str, index: int | Int[Array, ""]) -> Block:
         """One block out of its stack."""
@@ -432,13 +503,23 @@ class HybridLM(nnx.Module):
         shorter, dropped = transv.split_stream(stream, kept, stage.keep)
         if stage.transfer:
             module = self.transfer_module(stage_index)
-            shorter = transv.transfer(module, shorter, dropped, stage.transfer_to)
+            shorter = transv.transfer(
+                module,
+                shorter,
+                dropped,
+                stage.transfer_to,
+                path=f"llm/transv/{self.transfer_index(stage_index)}",
+                dtype=self.cfg.dtype,
+            )
         return shorter, dropped, scores
 
     def transfer_module(self, stage_index: int) -> transv.Transfer:
         """The transfer of a stage; stages that only drop have none."""
-        before = self.cfg.transv[:stage_index]
-        return self.transv[sum(stage.transfer for stage in before)]
+        return self.transv[self.transfer_index(stage_index)]
+
+    def transfer_index(self, stage_index: int) -> int:
+        """Which of the transfers a stage has."""
+        return sum(stage.transfer for stage in self.cfg.transv[:stage_index])
 
     def rank(self, stage: Stage, stream: Stream) -> Float[Array, "B T"]:
         """How much the last instruction token attends to each token at this layer.
@@ -446,13 +527,25 @@ class HybridLM(nnx.Module):
         Uses the layer's own q and k on the raw residual, before the block's norm, as
         the published weights mean it. No gradient flows through a ranking.
         """
+        kind, index = self.cfg.layers[stage.layer]
+        graph, params = nnx.split(self.block(kind, index))
+        layer = nnx.merge(graph, jax.lax.stop_gradient(params))
         x = jax.lax.stop_gradient(stream.x)
-        layer = self.block(*self.cfg.layers[stage.layer])
         at = transv.ranking_position(stream)
         counts = take(stream.layout.counts(), at)
-        q, k = layer.mixer.query(take(x, at), counts), layer.mixer.k(x)
-        scores = transv.attention_scores(q, k, _visible(stream, at))
-        return jax.lax.stop_gradient(scores)
+        args = x, read_tokens(x, at), counts, _visible(stream, at)
+        if sharding.active_mesh() is None:
+            return _scores(layer, *args)
+        specs = (sharding.TOKENS, sharding.BATCH, sharding.BATCH)
+        return sharding.on_shards(
+            functools.partial(_scores_of_all, axis=sharding.context_axis()),
+            {f"llm/{kind}": layer},
+            *args,
+            in_specs=(*specs, P(*sharding.BATCH, None, "context")),
+            out_specs=sharding.BATCH,
+            dtype=self.cfg.dtype,
+            stacked=True,
+        )
 
     def init_transfers(self) -> None:
         """Starts each transfer as the nearest self-attention at or after its layer."""
@@ -526,6 +619,39 @@ def _create_block(
     mixer: type, mixer_cfg: object, cfg: HybridConfig, rngs: nnx.Rngs
 ) -> Block:
     return Block(mixer, mixer_cfg, cfg, rngs=rngs)
+
+
+def _embed_shard(embed: nnx.Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Each device looks up its part of words and channels, for rows of all of fsdp."""
+    tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+    words = embed.embedding.shape[0]
+    own = tokens - jax.lax.axis_index("tensor") * words
+    here = (own >= 0) & (own < words)
+    x = jnp.where(here[..., None], embed(jnp.where(here, own, 0)), 0)
+    x = jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+    return sharding.sum_shards(x, "tensor")
+
+
+def _scores(
+    layer: Block,
+    x: Float[Array, "B T D"],
+    asking: Float[Array, "B Z D"],
+    counts: Int[Array, "B Z"],
+    visible: Bool[Array, "B Z T"],
+    *,
+    axis: str | None = None,
+) -> Float[Array, "B T"]:
+    """Attention of the `asking` tokens, which see `counts` tokens, to those of x."""
+    q, k = layer.mixer.query(asking, counts), layer.mixer.k(x)
+    return transv.attention_scores(q, k, visible, axis=axis)
+
+
+def _scores_of_all(*args: Any, axis: str | None) -> Float[Array, "B T"]:
+    """`_scores` of whole rows, by all heads, on each device."""
+    scores = jax.lax.pmean(_scores(*args, axis=axis), "tensor")
+    if axis is None:
+        return scores
+    return jax.lax.all_gather(scores, axis, axis=1, tiled=True)
 
 
 def _visible(stream: Stream, at: Int[Array, "B Z"]) -> Bool[Array, "B Z T"]:

@@ -21,8 +21,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.attention import attention
+from pallas_kernels.attention.context_parallel import attention_to_shards
+from timeviper_jax import sharding
 from timeviper_jax.data.examples import Role
 from timeviper_jax.layers.attention import AttentionConfig, projections, scale_queries
+from timeviper_jax.llm.rows import add_tokens, move_tokens, read_tokens, whole_shards
 from timeviper_jax.llm.stream import Stream, take, where_true
 
 # Which text a transfer adds to: the first question after the media, or all text from
@@ -204,17 +207,17 @@ def split_stream(
     after = min(
         before, kept_capacity(keep, stream.original_capacity, stream.num_segments)
     )
-    num_dropped = dropped_capacity(before, after, stream.num_segments)
+    num_dropped = whole_shards(dropped_capacity(before, after, stream.num_segments))
     gone, real = where_true(stream.is_vision & ~kept, num_dropped)
     dropped = Dropped(
-        x=take(stream.x, gone),
+        x=move_tokens(stream.x, gone),
         segment_ids=jnp.where(real, take(stream.segment_ids, gone), 0),
     )
-    stay, real = where_true(kept, T - before + after)
+    stay, real = where_true(kept, whole_shards(T - before + after))
     pick = lambda values, padding=0: jnp.where(real, take(values, stay), padding)
     return dataclasses.replace(
         stream,
-        x=jnp.where(real[..., None], take(stream.x, stay), 0),
+        x=jnp.where(real[..., None], move_tokens(stream.x, stay), 0),
         roles=pick(stream.roles),
         segment_ids=pick(stream.segment_ids),
         positions=pick(stream.positions, -1),
@@ -246,8 +249,12 @@ class Transfer(nnx.Module):
         self, text: Float[Array, "B T D"], read: Float[Array, "B T N H"]
     ) -> Float[Array, "B T D"]:
         """`text` with what it read, as far as the gate is open."""
-        gate = jnp.tanh(self.alpha[...].astype(jnp.float32)).astype(text.dtype)
-        return text + gate * self.out(read)
+        return text + self.gated(read)
+
+    def gated(self, read: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """What is added to text that read this, as far as the gate is open."""
+        read = self.out(read)
+        return jnp.tanh(self.alpha[...].astype(jnp.float32)).astype(read.dtype) * read
 
     def __call__(
         self,
@@ -256,17 +263,39 @@ class Transfer(nnx.Module):
         dropped: Dropped,
     ) -> Float[Array, "B T D"]:
         """`text` after each token has read the dropped tokens of its own sample."""
-        mine = segment_ids[:, :, None] == dropped.segment_ids[:, None, :]
-        read = attention(
-            self.query(text, jnp.sum(mine, axis=-1)),
+        counts = readable(segment_ids, dropped)
+        return text + self.read(text, segment_ids, counts, dropped)
+
+    def read(
+        self,
+        text: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        counts: Int[Array, "B T"],
+        dropped: Dropped,
+        axis: str | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What each token is to add, of which `counts` dropped ones are its sample's.
+
+        With an `axis`, `dropped` is a shard of all of them along it.
+        """
+        run = functools.partial(attention_to_shards, axis_name=axis)
+        if axis is None:
+            run = functools.partial(attention, causal=False)
+        read = run(
+            self.query(text, counts),
             self.k(dropped.x),
             self.v(dropped.x),
-            causal=False,
             q_segment_ids=segment_ids,
             kv_segment_ids=dropped.segment_ids,
             kv_mask=dropped.segment_ids > 0,
         )
-        return self.add(text, read)
+        return self.gated(read)
+
+
+def readable(segment_ids: Int[Array, "B T"], dropped: Dropped) -> Int[Array, "B T"]:
+    """How many dropped tokens are of each token's sample."""
+    mine = segment_ids[:, :, None] == dropped.segment_ids[:, None, :]
+    return jnp.sum(mine, axis=-1)
 
 
 def receivers(stream: Stream, transfer_to: str) -> Bool[Array, "B T"]:
@@ -283,16 +312,39 @@ def receivers(stream: Stream, transfer_to: str) -> Bool[Array, "B T"]:
 
 
 def transfer(
-    module: Transfer, stream: Stream, dropped: Dropped, transfer_to: str
+    module: Transfer,
+    stream: Stream,
+    dropped: Dropped,
+    transfer_to: str,
+    *,
+    path: str,
+    dtype: str,
 ) -> Stream:
-    """The stream after its receiving tokens have read `dropped`."""
-    text_capacity = stream.x.shape[1] - stream.vision_capacity
+    """The stream after its receiving tokens have read `dropped`.
+
+    `path` names the module's parameters, and `dtype` is what they compute in.
+    """
+    T = stream.roles.shape[1]
+    text_capacity = T - stream.vision_capacity
     index, real = where_true(receivers(stream, transfer_to), text_capacity)
     ids = jnp.where(real, take(stream.segment_ids, index), -1)
-    text = module(take(stream.x, index), ids, dropped)
-    index = jnp.where(real, index, stream.x.shape[1])  # Outside: written nowhere.
-    put = lambda row, i, new: row.at[i].set(new, mode="drop")
-    return dataclasses.replace(stream, x=jax.vmap(put)(stream.x, index, text))
+    args = read_tokens(stream.x, index), ids, readable(ids, dropped), dropped
+    if sharding.active_mesh() is None:
+        new = module.read(*args)
+    else:
+        axis = sharding.context_axis()
+        new = sharding.on_shards(
+            lambda module, *args: sharding.sum_shards(
+                module.read(*args, axis), "tensor"
+            ),
+            {path: module},
+            *args,
+            in_specs=(sharding.BATCH, sharding.BATCH, sharding.BATCH, sharding.TOKENS),
+            out_specs=sharding.BATCH,
+            dtype=dtype,
+        )
+    index = jnp.where(real, index, T)  # Outside: added nowhere.
+    return dataclasses.replace(stream, x=add_tokens(stream.x, index, new))
 
 
 def ranking_position(stream: Stream) -> Int[Array, "B Z"]:
@@ -314,17 +366,25 @@ def attention_scores(
     q: Float[Array, "B Z N H"],
     k: Float[Array, "B T K H"],
     visible: Bool[Array, "B Z T"],
+    *,
+    axis: str | None = None,
 ) -> Float[Array, "B T"]:
     """Attention that each token gets from its sample's ranking query, over heads.
 
     Softmax over `visible` keys in float32, mean over heads; Z counts a row's samples.
+    With an `axis`, T is a shard of all keys along this axis of the mesh.
     """
     B, Z, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, Z, K, N // K, H)
     logits = jnp.einsum("BZKRH,BTKH->BZKRT", q, k, preferred_element_type=jnp.float32)
     mask = visible[:, :, None, None, :]
-    weights = jax.nn.softmax(jnp.where(mask, logits * H**-0.5, -jnp.inf), axis=-1)
-    # A sample that is not there sees nothing; its softmax is NaN, and is not used.
-    weights = jnp.where(mask, weights, 0.0)
+    logits = jnp.where(mask, logits * H**-0.5, -jnp.inf)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    peak = jax.lax.pmax(peak, axis) if axis else peak
+    # A sample that is not there sees nothing; its weights are NaN, and are not used.
+    weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = jax.lax.psum(total, axis) if axis else total
+    weights = jnp.where(mask, weights / total, 0.0)
     return jnp.sum(jnp.mean(weights, axis=(2, 3)), axis=1)

@@ -129,6 +129,7 @@ def model_config(
     param_dtype: str,
     rolled: bool,
     remat: bool,
+    remat_keeps: str = "inputs",
     encoder: str = "",
     arch: str = "tome_mlp-16",
     **changes: Any,
@@ -147,7 +148,9 @@ def model_config(
         cfg,
         vision=replace_each(cfg.vision, remat=remat, **dtypes),
         projector=replace_each(cfg.projector, **dtypes),
-        llm=dataclasses.replace(cfg.llm, rolled=rolled, remat=remat, **dtypes),
+        llm=dataclasses.replace(
+            cfg.llm, rolled=rolled, remat=remat, remat_keeps=remat_keeps, **dtypes
+        ),
         **changes,
     )
 
@@ -167,6 +170,29 @@ def describe(cfg: TimeViperConfig) -> tuple[nnx.GraphDef, Shapes]:
         "/".join(map(str, path)): jax.ShapeDtypeStruct(param.shape, param.dtype)
         for path, param in flat
     }
+
+
+def check_mesh(
+    cfg: TimeViperConfig, stage: StageConfig, mesh: sharding.AnyMesh
+) -> None:
+    """Raises, in one line, where a mesh does not divide the model or its batches."""
+    llm, task = cfg.llm, stage.task
+    heads = {"*": ("num_heads", "num_kv_heads"), "M": ("ssm_heads", "ssm_groups")}
+    for name in [name for kind in heads if kind in llm.pattern for name in heads[kind]]:
+        sharding.check_divides(name, getattr(llm, name), mesh, "tensor")
+    sharding.check_divides("embed_dim", llm.embed_dim, mesh, "tensor")
+    _, shapes = describe(cfg)
+    sharding.check_params(shapes, mesh)
+    rows, over = divmod(stage.batch_size, stage.accumulate)
+    if over:
+        raise ValueError(
+            f"batch_size={stage.batch_size} does not divide into"
+            f" accumulate={stage.accumulate} parts."
+        )
+    sharding.check_divides("batch_size / accumulate", rows, mesh, "data", "fsdp")
+    if isinstance(task, TextTask):
+        tokens = task.num_frames * cfg.tokens_per_frame + task.text_tokens
+        sharding.check_divides("A row's tokens", tokens, mesh, "context")
 
 
 def fill(cfg: TimeViperConfig, params: Params, seed: int, mesh: Mesh) -> Params:

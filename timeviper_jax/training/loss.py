@@ -16,8 +16,10 @@ from jaxtyping import Array, Bool, Int
 
 from timeviper_jax.data.examples import Batch
 from timeviper_jax.data.frames import FrameBatch
+from timeviper_jax.llm.rows import move_tokens, whole_shards
 from timeviper_jax.llm.stream import take, where_true
 from timeviper_jax.timeviper import TimeViper
+from timeviper_jax.training.cross_entropy import cross_entropy
 from timeviper_jax.training.metrics import Mean, Means
 
 
@@ -81,12 +83,13 @@ def text_objective(model: TimeViper, batch: Batch, *, answer_tokens: int) -> Mea
     tokens; `exact` is the share of samples whose every answer token is predicted.
     """
     output = model.forward(batch)
-    targets = find_targets(batch, output.positions, answer_tokens)
-    logits = model.llm.logits(take(output.hidden, targets.index))
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), targets.tokens
+    targets = find_targets(batch, output.positions, whole_shards(answer_tokens))
+    losses, correct = cross_entropy(
+        move_tokens(output.hidden, targets.index),
+        model.llm.head_kernel,
+        targets.tokens,
+        dtype=model.cfg.llm.dtype,
     )
-    correct = jnp.argmax(logits, axis=-1) == targets.tokens
     return {
         "loss": Mean.of(losses, targets.valid),
         "accuracy": Mean.of(correct, targets.valid),

@@ -88,7 +88,10 @@ def make_train_step(
             means = objective(merge(graph, adapt({**frozen, **params})), part)
             return means["loss"].total, means
 
-        gradient = jax.grad(total_loss, has_aux=True)
+        def gradient(params, part):
+            grads, means = jax.grad(total_loss, has_aux=True)(params, part)
+            return sharding.constrain_params(grads), means
+
         grads, means = _accumulate(gradient, state.params, batch, accumulate)
         # A batch without a single target teaches nothing, and must not divide by it.
         count = jnp.maximum(means["loss"].count, 1)

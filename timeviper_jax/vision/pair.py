@@ -49,6 +49,11 @@ class PairConfig:
         return self.first.mean
 
     @property
+    def dtype(self) -> str:
+        """The first one's."""
+        return self.first.dtype
+
+    @property
     def clip_frames(self) -> int:
         return max(encoder.clip_frames for encoder in self.encoders)
 
