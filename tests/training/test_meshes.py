@@ -40,7 +40,8 @@ def test_every_mesh_of_eight_gives_one_devices_loss_and_gradients(rows):
 
 def _computations(program):
     """The instructions of each computation of a program, by name."""
-    blocks = re.findall(r"^(?:ENTRY )?(%\S+) \(.*\{\n(.*?)^\}", program, re.M | re.S)
+    header = r"^(?:ENTRY )?(%\S+) \([^\n]*\{\n"
+    blocks = re.findall(header + r"(.*?)^\}", program, re.M | re.S)
     return dict(blocks)
 
 
