@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timeviper_jax.benchmarks.long_video import film
+from timeviper_jax.data.needle_sources import SourceError
 
 MIB = 1 << 20
 # What the project asks for (see docs/long_video.md).
@@ -56,7 +57,7 @@ def measure(args: argparse.Namespace, name: str, part: str, *lengths: int) -> di
     start = time.perf_counter()
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"error: {name} failed with status {done.returncode}.")
+        raise SystemExit(f"error: {name!r} failed; its own words are above.")
     result = json.loads(done.stdout) | {"process_seconds": time.perf_counter() - start}
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(result))
@@ -75,7 +76,10 @@ def _film(args: argparse.Namespace) -> pathlib.Path:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, as it is written."""
     if not _film(args).exists():
-        film.make(_film(args), args.film_frames)
+        try:
+            film.make(_film(args), args.film_frames)
+        except SourceError as error:
+            raise SystemExit(f"error: {error}") from error
     # Compiling takes more memory than watching: it is done before, and kept.
     measure(args, "programs", "compile", *args.frames)
     started = measure(args, "start-up", "start_up")

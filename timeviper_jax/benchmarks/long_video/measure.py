@@ -30,6 +30,7 @@ from timeviper_jax.data.conversation import NANO
 from timeviper_jax.data.examples import FrameFeatures
 from timeviper_jax.data.features import FeatureStore
 from timeviper_jax.data.tokenizer import ByteTokenizer
+from timeviper_jax.data.video import VideoError
 from timeviper_jax.evals import run as runs
 from timeviper_jax.evals import watched
 from timeviper_jax.inference.encode import encoding, fingerprint
@@ -280,6 +281,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--film_frames", type=int, required=True)
     add("--store", type=folder, required=True)
     args = parser.parse_args(argv)
+    try:
+        results = _measured(args)
+    except (FileNotFoundError, ValueError, VideoError) as error:
+        sys.exit(f"error: {error}")
+    json.dump(results | {"peak_bytes": resident_bytes("VmHWM")}, sys.stdout)
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     run = load(args.workdir, args.preset, args.store)
     results: dict[str, Any] = {"load_seconds": time.perf_counter() - start}
@@ -291,8 +300,7 @@ def main(argv: list[str] | None = None) -> None:
             results |= watcher.measure()
         else:
             results |= open_ended(run, args.film, args.film_frames, length)
-    results["peak_bytes"] = resident_bytes("VmHWM")
-    json.dump(results, sys.stdout)
+    return results
 
 
 if __name__ == "__main__":
