@@ -14,14 +14,12 @@ picture.
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import json
 import pathlib
 import sys
 from collections.abc import Sequence
 
-from pallas_kernels.bench import venvs
 from pallas_kernels.bench.chips import GPUS
 from timeviper_jax import presets
 from timeviper_jax.benchmarks.prefill import ahead, measure, report, settings
@@ -64,7 +62,7 @@ def _ahead_of_time(arguments: argparse.Namespace) -> None:
     """Compiles, prints, and writes a file if that is asked for."""
     options = _settings(arguments)
     reports = ahead.compile_apart(
-        _python(arguments.aot), arguments.aot, options, names=arguments.only
+        ahead.python_for(arguments.aot), arguments.aot, options, names=arguments.only
     )
     calls: list[list[dict]] = [[] for _ in options]
     for call in reports:
@@ -128,15 +126,6 @@ def _settings(arguments: argparse.Namespace) -> list[dict]:
             arguments.frames, chunks, transv
         )
     ]
-
-
-def _python(chip: str) -> pathlib.Path:
-    """An interpreter that has the chip's compiler."""
-    if chip in GPUS:
-        return venvs.python_with("cuda-12-prefill", ahead.GPU_PACKAGES)
-    if importlib.util.find_spec("libtpu") is None:
-        sys.exit("The TPU compiler is not installed: pip install libtpu.")
-    return pathlib.Path(sys.executable)
 
 
 def _described(options: dict, chip: str) -> dict:

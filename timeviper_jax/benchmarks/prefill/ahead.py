@@ -5,6 +5,7 @@ environment when JAX starts, and what a compiler takes of memory is given back o
 when it ends: hence the process. It prints a line of JSON for each call.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,11 +15,20 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pallas_kernels.bench import compiled, gpu_compiled
+from pallas_kernels.bench import compiled, gpu_compiled, venvs
 from pallas_kernels.bench.chips import CHIPS, GPUS
 
 # What a GPU's programs are compiled with, beside the compilers themselves.
 GPU_PACKAGES = (*gpu_compiled.PACKAGES, "flax==0.12.8", "tokenizers", "pillow")
+
+
+def python_for(chip: str) -> pathlib.Path:
+    """An interpreter that has the chip's compiler; for a GPU in a venv of its own."""
+    if chip in GPUS:
+        return venvs.python_with("cuda-12-prefill", GPU_PACKAGES)
+    if importlib.util.find_spec("libtpu") is None:
+        sys.exit("The TPU compiler is not installed: pip install libtpu.")
+    return pathlib.Path(sys.executable)
 
 
 def compile_apart(
@@ -29,7 +39,7 @@ def compile_apart(
     Args:
       python: Of an environment with libtpu, or with `GPU_PACKAGES`.
       chip: A name of `CHIPS` or `GPUS`.
-      settings: `settings.make`'s arguments.
+      settings: The arguments of `settings.make`, or of `throughput.step`.
       names: Only calls whose names begin with one of these are compiled; of the others
         the arithmetic is counted.
 
@@ -58,14 +68,20 @@ def _compile_here(chip: str, settings: list[dict], names: list[str]) -> Iterator
     from jax.sharding import NamedSharding, PartitionSpec
 
     from pallas_kernels.bench import topology
+    from timeviper_jax.benchmarks import throughput
     from timeviper_jax.benchmarks.prefill import settings as all_settings
     from timeviper_jax.benchmarks.prefill.plan import plan
+
+    def calls(options):
+        if "rows" in options:
+            return [throughput.step(**options, place=place)]
+        return plan(all_settings.make(**options), place)
 
     mesh = topology.one_chip(chip)
     place = NamedSharding(mesh, PartitionSpec())
     known: dict[tuple, dict] = {}  # Settings share programs.
     for index, options in enumerate(settings):
-        for call in plan(all_settings.make(**options), place):
+        for call in calls(options):
             with jax.set_mesh(mesh):
                 traced = call.program.trace()
             key = call.name, call.times, str(traced.in_avals)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from timeviper_jax.inference.reader import ViewerConfig
@@ -109,3 +110,13 @@ def filled_bytes(
         ends = used * times + size * times * (times + 1) // 2
         total += 2 * times * num_bytes(cache.mamba) + slot * (ends + size * times)
     return total
+
+
+def filled(path: str, caches: tuple[Cache, ...], used: int) -> dict[str, Any]:
+    """Values of the slots of caches, by their path, when `used` of them are."""
+    slots = {}
+    for i, cache in enumerate(caches):
+        here = f"{path}[{i}].slots"
+        slots[f"{here}.used"] = np.int32(used)
+        slots[f"{here}.valid"] = np.arange(cache.capacity)[None] < used
+    return slots

@@ -23,6 +23,7 @@ from timeviper_jax.benchmarks.prefill.calls import (
     Layers,
     Program,
     Setting,
+    filled,
     filled_bytes,
     layers_bytes,
     num_bytes,
@@ -174,7 +175,7 @@ class _Planner:
         for i, stretch in enumerate(self.stretches):
             moved += layers_bytes(self.llm, self.params, stretch.layers)
             moved += filled_bytes(stretch.caches, stretch.used, 1)
-            values |= _filled(f"[1].caches[{i}]", stretch.caches, stretch.used)
+            values |= filled(f"[1].caches[{i}]", stretch.caches, stretch.used)
         return Call(
             part=DECODE,
             name="write",
@@ -237,7 +238,7 @@ class _Planner:
 
         def values(i: int) -> dict[str, Any]:
             real = (np.arange(size)[None] < tokens - i * size).astype(np.int32)
-            return {"[2]": real} | _filled("[3]", caches, used + i * size)
+            return {"[2]": real} | filled("[3]", caches, used + i * size)
 
         weights = layers_bytes(self.llm, self.params, layers)
         return Call(
@@ -413,13 +414,3 @@ class _Planner:
         """Shapes of their own on the chip."""
         of = lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=self._place)
         return jax.tree.map(of, tree)
-
-
-def _filled(path: str, caches: tuple[Cache, ...], used: int) -> dict[str, Any]:
-    """The slots of caches at a path of the arguments, when `used` of them are."""
-    slots = {}
-    for i, cache in enumerate(caches):
-        here = f"{path}[{i}].slots"
-        slots[f"{here}.used"] = np.int32(used)
-        slots[f"{here}.valid"] = np.arange(cache.capacity)[None] < used
-    return slots
