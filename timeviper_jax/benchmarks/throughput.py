@@ -11,6 +11,7 @@ tokens before, and reads and writes all states: at so few rows that bounds its t
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -37,6 +38,7 @@ from timeviper_jax.benchmarks.prefill.measure import most_memory, random_model
 from timeviper_jax.inference import programs
 from timeviper_jax.inference.programs import Answers
 from timeviper_jax.inference.sampling import Decoding
+from timeviper_jax.layers.cache import Slots
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
 
 # The paper's, against Qwen3 of a like size, at 32k tokens in, 1k out, 32 rows.
@@ -120,11 +122,13 @@ def measure(preset: str, rows: int, context: int, answer: int) -> dict:
 
     @jax.jit
     def as_read(caches):
-        full = lambda path, z: {
-            "used": jnp.full_like(z, context),
-            "valid": jnp.broadcast_to(jnp.arange(z.shape[-1]) < context, z.shape),
-        }.get(getattr(path[-1], "name", ""), z)
-        return jax.tree.map_with_path(full, caches)
+        read = lambda valid: jnp.broadcast_to(
+            jnp.arange(valid.shape[1]) < context, valid.shape
+        )
+        slots = lambda slots: Slots(valid=read(slots.valid), used=jnp.int32(context))
+        return tuple(
+            dataclasses.replace(cache, slots=slots(cache.slots)) for cache in caches
+        )
 
     seconds = []
     for _ in range(2):  # The first compiles.
