@@ -8,6 +8,7 @@ as it is used, and a third part by part, each program waited for.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import resource
@@ -22,7 +23,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from timeviper_jax import sharding
 from timeviper_jax.benchmarks.prefill import settings
 from timeviper_jax.benchmarks.prefill.calls import (
     DECODE,
@@ -33,10 +33,10 @@ from timeviper_jax.benchmarks.prefill.calls import (
     Setting,
     part_of,
 )
+from timeviper_jax.benchmarks.prefill.plan import encoder_of
 from timeviper_jax.data.conversation import EncodedText
 from timeviper_jax.data.examples import Example, Role
 from timeviper_jax.inference import memory, programs
-from timeviper_jax.inference.encode import make_encoder
 from timeviper_jax.inference.sampling import Decoding
 from timeviper_jax.inference.viewer import Viewer
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
@@ -68,9 +68,7 @@ def measure(options: dict) -> dict:
     setting = settings.make(**options)
     model = random_model(setting.sizes)
     viewer = Viewer(model, setting.viewer)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    encode = make_encoder(model, mesh, batch_size=setting.batch)
-    video = _Video(setting, encode)
+    video = _Video(setting, model)
     first = _pass(viewer, video, more=True)
     found = _pass(viewer, video, more=True)
     with timed(viewer) as parts:
@@ -116,8 +114,10 @@ def most_memory() -> dict[str, Any]:
 class _Video:
     """Frames of random pixels: of one batch, so that any number fits in memory."""
 
-    def __init__(self, setting: Setting, encode: Callable):
-        self.setting, self._encode = setting, encode
+    def __init__(self, setting: Setting, model: TimeViper):
+        self.setting = setting
+        graph, self._params = nnx.split(model)
+        self._encode = encoder_of(graph)
         size = setting.sizes.vision.image_size
         shape = setting.batch, size, size, 3
         rng = np.random.default_rng(0)
@@ -126,17 +126,16 @@ class _Video:
     def example(self) -> Example:
         """Encodes all frames."""
         setting = self.setting
-        left, features = setting.frames, []
-        while left:
-            features.append(self._encode(self._pixels[:left]))
-            left -= len(features[-1])
+        batches = range(math.ceil(setting.frames / setting.batch))
+        features = [self._encode(self._params, self._pixels) for _ in batches]
+        features = np.concatenate(jax.device_get(features))[: setting.frames]
         roles = [Role.TEXT] * setting.prefix + [Role.VISION] * setting.vision_tokens
         return Example(
             tokens=np.ones(len(roles), np.int32),
             roles=np.array(roles, np.int32),
             loss_mask=np.zeros(len(roles), bool),
             frame_times=np.arange(setting.frames, dtype=np.float32),
-            features=np.concatenate(features),
+            features=features,
         )
 
     def question(self) -> EncodedText:

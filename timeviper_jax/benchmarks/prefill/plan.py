@@ -5,7 +5,7 @@ Nothing is run: arguments are shapes. A test holds the plan to what a viewer doe
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +45,15 @@ def plan(setting: Setting, place: jax.sharding.Sharding | None = None) -> list[C
     """
     planner = _Planner(setting, place)
     return [*planner.encode(), *planner.watch(), *planner.ask(), planner.decode()]
+
+
+def encoder_of(graph: nnx.GraphDef) -> Callable:
+    """The program (params, frames) → features of a model, as inference keeps them."""
+    return jax.jit(
+        lambda params, frames: (
+            nnx.merge(graph, params).encode(frames).astype(jnp.float16)
+        )
+    )
 
 
 class _Stretch(NamedTuple):
@@ -93,12 +102,7 @@ class _Planner:
 
     def encode(self) -> Iterator[Call]:
         size, pixels = self.setting.batch, self.setting.sizes.vision.image_size
-        graph = self._graph
-        encode = jax.jit(
-            lambda params, frames: (
-                nnx.merge(graph, params).encode(frames).astype(jnp.float16)
-            )
-        )
+        encode = encoder_of(self._graph)
         frames = self._of(size, pixels, pixels, 3, dtype=jnp.uint8)
         yield self._call(
             VISION,
