@@ -95,15 +95,17 @@ def ssd(
 
 
 def _run(name: Implementation, x, dt, a, b, c, d, initial_state, starts, chunk_size):
-    """Runs one implementation. A kernel takes arrays as they are, and adds the skip."""
+    """Runs one implementation. A kernel takes arrays as they are; some add the skip."""
+    skip = jnp.zeros_like(a) if d is None else d
     kernels = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
     if name in kernels:
-        d = jnp.zeros_like(a) if d is None else d
-        return kernels[name].ssd(x, dt, a, b, c, d, initial_state, starts)
-    wide = (*_accumulator(x, dt, a, b, c, initial_state), starts)
+        return kernels[name].ssd(x, dt, a, b, c, skip, initial_state, starts)
     if name == "scan":
+        wide = (*_accumulator(x, dt, a, b, c, skip, initial_state), starts)
         y, state = scan.ssd(*wide, chunk_size=chunk_size)
-    elif name == "associative_scan":
+        return y.astype(x.dtype), state
+    wide = (*_accumulator(x, dt, a, b, c, initial_state), starts)
+    if name == "associative_scan":
         y, state = associative_scan.ssd(*wide, chunk_size=chunk_size)
     else:
         y, state = reference.ssd(*wide)

@@ -2,7 +2,8 @@
 
 Algorithm 1 of https://arxiv.org/abs/2405.21060; the comments name its four steps. x and
 y stay as they lie in memory, tokens by heads by channels: what is made head by head is
-turned within a chunk, which is in the processor's cache.
+turned within a chunk, which is in the processor's cache. There the skip is added, too:
+alone it would be one more pass over memory.
 
 The backward pass is written out: it keeps each chunk's inputs and first state, nothing
 of size L x L, and takes the gradient of a decay as a sum of the terms that cross it.
@@ -28,6 +29,7 @@ def ssd(
     a: Float[Array, "N"],
     b: Float[Array, "B T G S"],
     c: Float[Array, "B T G S"],
+    d: Float[Array, "N"],
     initial_state: Float[Array, "B N P S"],
     starts: Bool[Array, "B T"] | None,
     *,
@@ -36,17 +38,18 @@ def ssd(
     """See `api.ssd`."""
     cut = chunks.cut(x, dt, a, b, c, starts, chunk_size)
     state = einops.rearrange(initial_state, "B (G r) P S -> B G S r P", G=b.shape[2])
-    y, state = _scan(cut, state)
+    d = einops.rearrange(d, "(G r) -> G r 1", G=b.shape[2])
+    y, state = _scan(cut, d, state)
     y = chunks.join(y, T=x.shape[1])
     return y, einops.rearrange(state, "B G S r P -> B (G r) P S")
 
 
 @jax.custom_vjp
-def _scan(cut: Chunks, state: Float[Array, "B G S r P"]):
-    return _forward(cut, state)[0]
+def _scan(cut: Chunks, d: Float[Array, "G r 1"], state: Float[Array, "B G S r P"]):
+    return _forward(cut, d, state)[0]
 
 
-def _forward(cut: Chunks, state: Float[Array, "B G S r P"]):
+def _forward(cut: Chunks, d: Float[Array, "G r 1"], state: Float[Array, "B G S r P"]):
     """All chunks in order: (outputs, last state), and what the backward pass needs."""
 
     def one_chunk(state, chunk):
@@ -59,19 +62,19 @@ def _forward(cut: Chunks, state: Float[Array, "B G S r P"]):
         # 2. What earlier chunks left behind, read through this chunk's decay.
         before = jnp.einsum("BGlS,BGSrP->BGlrP", c, state)
         before = einops.rearrange(before, "B G l r P -> B l G r P")
-        y = _by_token(inside) + before * _by_token(decay.from_start)
+        y = _by_token(inside) + before * _by_token(decay.from_start) + d * x
         # 3. and 4. This chunk's own state, added to the decayed one it was given.
         x_end = x * _by_token(decay.to_end * dt[..., None])
         own = jnp.einsum("BGmS,BmGrP->BGSrP", b, x_end)
         return _per_state(decay.across) * state + own, (y, state)
 
     last, (y, states) = jax.lax.scan(one_chunk, state, cut)
-    return (y, last), (cut, states)
+    return (y, last), (cut, d, states)
 
 
 def _backward(residuals, cotangents):
     """The chunks in reverse; `dz` is the cotangent of z."""
-    (cut, states), (dy, dlast) = residuals, cotangents
+    (cut, d, states), (dy, dlast) = residuals, cotangents
     lower = jnp.tril(jnp.ones((cut.dt.shape[-1],) * 2, dy.dtype))
     earlier = jnp.tril(lower, -1)
 
@@ -100,17 +103,19 @@ def _backward(residuals, cotangents):
         db += jnp.einsum("BGlm,BGlS->BGmS", dscores, c)
         dstate = _per_state(decay.across) * dstate
         dstate += jnp.einsum("BGlS,BGrlP->BGSrP", c, dy_start)
-        dx = _by_token(dxdt * dt[..., None])
-        return dstate, (dx, _sum_last(dxdt * x), db, dc, crossing)
+        dx = _by_token(dxdt * dt[..., None] + d[..., None] * dy)
+        dd = _sum_last(dy * x).sum(-1)
+        return dstate, (dx, _sum_last(dxdt * x), db, dc, dd, crossing)
 
-    dstate, (dx, ddt, db, dc, (to_later, to_end, across)) = jax.lax.scan(
+    dstate, (dx, ddt, db, dc, dd, (to_later, to_end, across)) = jax.lax.scan(
         one_chunk, dlast, (cut, states, dy), reverse=True
     )
     matmul = functools.partial(jnp.matmul, precision="highest")
     dlog_decay = matmul(to_later, lower)  # Into l: all decays up to l.
     dlog_decay += matmul(to_end, earlier.T)  # Of m, into the state: all after m.
     dlog_decay += across[..., None]
-    return Chunks(dx, ddt, dlog_decay, db, dc, None), dstate
+    dd = dd.sum((0, 1))[..., None]
+    return Chunks(dx, ddt, dlog_decay, db, dc, None), dd, dstate
 
 
 _scan.defvjp(_forward, _backward)
