@@ -1,7 +1,6 @@
 """SIGKILL at random moments, some of them within a save: what is left goes on."""
 
 import json
-import pathlib
 import random
 import signal
 import time
@@ -93,18 +92,10 @@ def _kill(run: Run, rng: random.Random, within_save: bool) -> dict[str, Any] | N
 
 def _told(run: Run, status: int, saving: bool) -> dict[str, Any]:
     last, saved = run.last(), run.saved()
-    # A save under way counts from where it began.
-    begun = [int(p.name.split(".")[0]) for p in _unfinished(run)]
-    return dict(
-        status=status,
-        saving=saving,
-        redone=last - saved,
-        beyond=last - max([saved, *begun]),
-    )
-
-
-def _unfinished(run: Run) -> list[pathlib.Path]:
-    return list((run.folder / "checkpoints").glob("[0-9]*"))
+    # Saves are written beside the steps: one under way counts from where it began.
+    folders = (run.folder / "checkpoints").glob("[0-9]*")
+    begun = max([saved, *(int(path.name.split(".")[0]) for path in folders)])
+    return dict(status=status, saving=saving, redone=last - saved, beyond=last - begun)
 
 
 def _tail(run: Run) -> str:
