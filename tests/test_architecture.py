@@ -20,7 +20,7 @@ LEVELS = {
     "timeviper_jax.inference": 4,
     "timeviper_jax.conversion": 4,
     "timeviper_jax.evals": 5,
-    "timeviper_jax.analysis": 5,
+    "timeviper_jax.analysis": 6,
     "timeviper_jax.benchmarks": 6,
     "configs": 7,
     "train": 8,

@@ -1,0 +1,1 @@
+"""What happens inside a checkpoint: maps of its layers, and how information flows."""
