@@ -1,0 +1,200 @@
+"""Pictures of maps over frames, of curves over layers, of what TransV keeps."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt  # noqa: E402 (after its backend is chosen)
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage  # noqa: E402
+
+DROPPED = "dropped"
+DPI = 80
+Thumbnails = Mapping[int, UInt8[np.ndarray, "H W 3"]]  # By the frame they show.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """The accuracy on questions of a kind where something is cut from `layer` on.
+
+    `cut` says who sees no vision, or is DROPPED where all of it leaves. The layer
+    behind the last one cuts nothing.
+    """
+
+    cut: str
+    layer: int
+    kind: str
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a figure, and is done with it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def depth_curves(points: Sequence[Point], pattern: str) -> Figure:
+    """Accuracy by the layer from which on something is cut, a panel for each kind.
+
+    Where vision is blocked, a line for each who does not see it; and one where all
+    vision tokens leave.
+    """
+    kinds = sorted({point.kind for point in points})
+    figure, axes = plt.subplots(
+        1,
+        len(kinds),
+        figsize=(1.5 + 3.3 * len(kinds), 3.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        for cut in dict.fromkeys(point.cut for point in points):
+            mine = [p for p in points if (p.cut, p.kind) == (cut, kind)]
+            layers = [p.layer for p in mine]
+            value, low, high = (
+                [100 * getattr(p, name) for p in mine]
+                for name in ("value", "low", "high")
+            )
+            label = cut if cut == DROPPED else f"vision → {cut}, blocked"
+            axis.plot(layers, value, marker="o", markersize=4, label=label)
+            axis.fill_between(layers, low, high, alpha=0.2)
+        _layer_axis(axis, layers, pattern)
+        count = mine[0].count
+        axis.set(title=f"{kind} ({count} questions)", ylim=(0, 101))
+    axes[0, 0].set(ylabel="answered exactly, %")
+    axes[0, -1].legend(fontsize="x-small")
+    return figure
+
+
+def _layer_axis(axis: Any, layers: Sequence[int], pattern: str) -> None:
+    names = [*pattern, "none"]
+    axis.set_xticks(layers, [f"{names[i]}\n{i}" for i in layers])
+    axis.set(xlabel="cut from this layer on")
+    axis.grid(alpha=0.3)
+
+
+def shares(
+    values: Mapping[str, Float[np.ndarray, " layers"]],
+    layers: Sequence[int],
+    pattern: str,
+    title: str,
+) -> Figure:
+    """What tokens take of each region, by layer, as shares of the whole."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for name, value in values.items():
+        axis.plot(layers, 100 * value, marker="o", markersize=4, label=name)
+    _layer_axis(axis, layers, pattern)
+    axis.set(title=title, xlabel="layer", ylabel="share, %", ylim=(0, 101))
+    axis.legend(fontsize="small")
+    return figure
+
+
+def region_map(
+    values: Float[np.ndarray, "Y X"],
+    names: Sequence[str],
+    groups: slice,
+    num_frames: int,
+    thumbnails: Thumbnails,
+    title: str,
+) -> Figure:
+    """A map by regions: who takes (down) of what (across), frames with pictures."""
+    figure, axis = plt.subplots(figsize=(7, 6), layout="constrained")
+    limit = float(np.abs(values).max()) or 1.0
+    signed = values.min() < 0
+    image = axis.imshow(
+        values,
+        cmap="RdBu_r" if signed else "magma",
+        vmin=-limit if signed else 0,
+        vmax=limit,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    figure.colorbar(image, shrink=0.8)
+    count = groups.stop - groups.start
+    text = [i for i in range(len(names)) if not groups.start <= i < groups.stop]
+    axis.set_yticks(text, [names[i] for i in text])
+    axis.set_xticks(text, [names[i] for i in text], rotation=90)
+    axis.set(title=title)
+    for frame, picture in thumbnails.items():
+        place = groups.start + (frame + 0.5) * count / num_frames - 0.5
+        _picture(axis, picture, place)
+    return figure
+
+
+def frame_rows(
+    rows: Float[np.ndarray, "Y F"],
+    names: Sequence[str],
+    thumbnails: Thumbnails,
+    title: str,
+    times: Float[np.ndarray, "F"],
+) -> Figure:
+    """A line of each name over the frames, as strong as it may be in that line."""
+    figure, axis = plt.subplots(
+        figsize=(10, 1.6 + 0.32 * len(rows)), layout="constrained"
+    )
+    # Magnitudes: a state may also be taken away from.
+    strength = np.abs(rows)
+    strength = strength / np.maximum(strength.max(axis=1, keepdims=True), 1e-30)
+    axis.imshow(strength, cmap="magma", aspect="auto", interpolation="nearest")
+    axis.set_yticks(range(len(names)), names)
+    at = np.unique(np.linspace(0, rows.shape[1] - 1, 9).astype(int))
+    axis.xaxis.tick_top()
+    axis.set_xticks(at, [f"{times[i]:.0f} s" for i in at])
+    axis.set(title=title)
+    for frame, picture in thumbnails.items():
+        _picture(axis, picture, frame)
+    return figure
+
+
+def _picture(
+    axis: Any, picture: UInt8[np.ndarray, "H W 3"], place: float | int
+) -> None:
+    """A thumbnail below the axis, at a place along it."""
+    box = AnnotationBbox(
+        OffsetImage(picture, zoom=40 / picture.shape[1]),
+        (place, 0),
+        xybox=(0, -24),
+        xycoords=("data", "axes fraction"),
+        boxcoords="offset points",
+        frameon=False,
+        annotation_clip=False,
+    )
+    axis.add_artist(box)
+
+
+def kept_tokens(
+    kept: Sequence[Int[np.ndarray, "F"]],
+    names: Sequence[str],
+    tokens_per_frame: int,
+    thumbnails: Thumbnails,
+) -> Figure:
+    """How many tokens of each frame are left behind each stage of TransV."""
+    figure, axis = plt.subplots(
+        figsize=(10, 1.6 + 0.4 * len(kept)), layout="constrained"
+    )
+    image = axis.imshow(
+        np.stack(kept),
+        cmap="Greens",
+        vmin=0,
+        vmax=tokens_per_frame,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    figure.colorbar(image, label="tokens")
+    axis.set_yticks(range(len(names)), names)
+    axis.xaxis.tick_top()
+    axis.set(title="Vision tokens kept, by frame")
+    for frame, picture in thumbnails.items():
+        _picture(axis, picture, frame)
+    return figure
