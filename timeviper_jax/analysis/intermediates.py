@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
@@ -167,10 +168,10 @@ def state_inputs_of(
     return StateInputs(
         x=rearrange(x, "B T (N P) -> B T N P", P=mixer.cfg.head_dim),
         dt=dt,
-        a=-jax.numpy.exp(mixer.a_log[...].astype("float32")),
+        a=-jnp.exp(mixer.a_log[...].astype(jnp.float32)),
         b=groups(b),
         c=groups(c),
-        d=mixer.d[...].astype("float32"),
+        d=mixer.d[...].astype(jnp.float32),
     )
 
 
