@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import sys
 import threading
 
 import pytest
@@ -56,6 +57,9 @@ def test_a_judge_that_does_not_answer_is_one_clear_line(server):
     address = f"http://127.0.0.1:{running.server_port}/v1"
     handler.reply = staticmethod(lambda user: {"error": "busy"})
     with pytest.raises(ValueError, match="does not speak chat completions"):
+        HttpJudge(address, "llama")("", "")
+    handler.reply = staticmethod(lambda user: sys.exit())  # It hangs up.
+    with pytest.raises(ValueError, match="does not answer.*goes on from here"):
         HttpJudge(address, "llama")("", "")
     with pytest.raises(ValueError, match="does not answer.*goes on from here"):
         HttpJudge("http://127.0.0.1:9/v1", "llama", timeout=2.0)("", "")

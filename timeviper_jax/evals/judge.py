@@ -9,11 +9,11 @@ score can be taken again without the judge, and a stopped one goes on.
 """
 
 import ast
+import http.client
 import json
 import os
 import pathlib
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 
@@ -62,12 +62,12 @@ class HttpJudge:
             with urllib.request.urlopen(request, timeout=self._timeout) as reply:
                 found = json.load(reply)
             return found["choices"][0]["message"]["content"]
-        except (urllib.error.URLError, TimeoutError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(
                 f"The judge at {self._url} does not answer ({error}); start it and run"
                 " this again: it goes on from here."
             ) from error
-        except (json.JSONDecodeError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"The judge at {self._url} does not speak chat completions ({error!r})."
             ) from error
