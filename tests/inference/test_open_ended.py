@@ -4,9 +4,21 @@ import dataclasses
 
 import numpy as np
 import pytest
+from flax import nnx
 
-from tests.watching import CFG, FLOAT32, SIZE, model, one_pass, parts, prompt, text_of
-from timeviper_jax.data.examples import Example, Role
+from tests import tiny
+from tests.watching import (
+    CFG,
+    FLOAT32,
+    SIZE,
+    SIZES,
+    model,
+    one_pass,
+    parts,
+    prompt,
+    text_of,
+)
+from timeviper_jax.data.examples import Example
 from timeviper_jax.inference import programs
 from timeviper_jax.inference.memory import take
 from timeviper_jax.inference.open_ended import (
@@ -15,11 +27,14 @@ from timeviper_jax.inference.open_ended import (
     split_around,
 )
 from timeviper_jax.inference.sampling import Decoding
-from timeviper_jax.inference.viewer import Viewer, ViewerConfig
+from timeviper_jax.inference.viewer import Viewer, ViewerConfig, text_part
+from timeviper_jax.llm.transv import Stage
+from timeviper_jax.timeviper import TimeViper
 
 ONE = dataclasses.replace(CFG, video_rows=1, question_rows=1, chunk=8, text_chunk=8)
 LONG = prompt(11, 5)
 BEFORE, QUESTION = split_around(text_of(LONG))
+FOLLOW_UP = text_part(parts(prompt(0, 4))[1], slice(-4, None))
 
 
 def begin(
@@ -122,18 +137,28 @@ def test_asking_and_conversing_leave_no_trace():
     feed(silent, 11)
     np.testing.assert_array_equal(asked.logits([QUESTION]), silent.logits([QUESTION]))
     # What was asked of the first frames goes on from them alone.
-    later = np.random.default_rng(0).integers(1, 200, 4).astype(np.int32)
-    roles = np.full(4, Role.INSTRUCTION, np.int32)
-    follow_up = dataclasses.replace(
-        QUESTION, tokens=later, roles=roles, loss_mask=roles < 0
-    )
     short = begin("uniform_attention", "ranked")
     feed(short, 5)
     _, again = short.converse([QUESTION], decoding=three)
     viewer = Viewer(model("uniform_attention"), ONE)
     np.testing.assert_array_equal(
-        *(viewer.logits(remembered, [follow_up]) for remembered in (memory, again))
+        *(viewer.logits(remembered, [FOLLOW_UP]) for remembered in (memory, again))
     )
+
+
+def test_what_a_conversation_remembers_outlives_further_frames():
+    """Here nothing waits for a whole chunk, and all text reads what was dropped."""
+    stages = (Stage(layer=1, keep=0.0, transfer_to="all_text"),)
+    sizes = SIZES.with_transv(stages)
+    viewer = Viewer(tiny.build(lambda: TimeViper(sizes, rngs=nnx.Rngs(0))), ONE)
+    words = text_part(text_of(prompt(0, 6)), slice(ONE.chunk))
+    video = OpenEndedVideo(viewer, words, OpenEndedConfig(block_frames=4))
+    feed(video, 4)
+    assert not video.memory.waits
+    _, memory = video.converse([QUESTION], decoding=Decoding(max_tokens=3))
+    before = viewer.logits(memory, [FOLLOW_UP])
+    feed(video, 8)
+    np.testing.assert_array_equal(viewer.logits(memory, [FOLLOW_UP]), before)
 
 
 def test_caches_double_and_nothing_else_compiles():

@@ -199,8 +199,10 @@ def _take_passage(passage: Passage, rows: Int[np.ndarray, "R"], share: bool) -> 
 def take(memory: Memory, rows: Sequence[int]) -> Memory:
     """A memory of its own with these rows, each as often as it is named."""
     index = np.asarray(rows, np.int32)
-    # What nothing more is written to is only read, and needs no copy.
-    share = list(rows) == list(range(memory.rows)) and not memory.waits
+    # What nothing more is written to is only read, and needs no copy. A video without
+    # an end, whose `unread` may be empty but is there, will be written to.
+    ended = memory.unread is None and not memory.waits
+    share = ended and list(rows) == list(range(memory.rows))
     return dataclasses.replace(
         memory,
         stretches=tuple(

@@ -155,7 +155,8 @@ class Viewer:
 
         The memory has a row for each question, in their order, with its answer; ask
         it, or converse on with `encode_follow_up`. The video is not read again: later
-        turns use what the first question selected, and receive no transfer.
+        turns use what the first question selected, and receive a transfer only where
+        it goes to all text.
 
         The arguments are those of `ask`, and `memory_` is left as it is.
         """
