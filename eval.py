@@ -186,7 +186,6 @@ def score_published(values: flags.FlagValues) -> None:
         shard=scoring.parse_shard(values.shard),
         replicas=values.replicas,
         worst=values.worst,
-        settings={"checkpoint": scoring.checkpoint(workdir)},
     )
     with scoring.tools(
         name,

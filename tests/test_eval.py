@@ -156,6 +156,10 @@ def test_a_run_without_checkpoint_is_one_clear_line(tmp_path, video):
     with pytest.raises(SystemExit, match="holds no checkpoint; train into it first"):
         _execute(f"--workdir={tmp_path}/none", f"--video={video}", "--ask=What?")
     assert not (tmp_path / "none").exists()
+    # Killed within its first save.
+    (tmp_path / "cut" / "checkpoints" / "4" / "params").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="holds no checkpoint; train into it first"):
+        _execute(f"--workdir={tmp_path}/cut", f"--video={video}", "--ask=What?")
 
 
 def test_scores_and_controls_are_written(execute, tmp_path, capsys):

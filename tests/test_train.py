@@ -21,7 +21,12 @@ from timeviper_jax.conversion.files import open_files
 from timeviper_jax.conversion.folder import save_published
 from timeviper_jax.llm.transv import Stage
 from timeviper_jax.training import experiment
-from timeviper_jax.training.checkpoint import Checkpoints, load_model, load_params
+from timeviper_jax.training.checkpoint import (
+    Checkpoints,
+    load_model,
+    load_params,
+    open_run,
+)
 from timeviper_jax.training.metrics import MetricsWriter
 
 STEPS = 4
@@ -225,7 +230,7 @@ def test_lora_alone_learns_continues_bit_for_bit_and_is_merged_on_export(
     _assert_same_run(stopped, whole)
 
     mesh = sharding.make_mesh(fsdp=-1)
-    params, model = load_params(whole, mesh), load_model(whole, mesh)
+    params, model = load_params(whole, mesh), load_model(open_run(whole), mesh)
     begun = experiment.fill(model.cfg, {}, seed=0, mesh=mesh)
     for path, array in begun.items():
         np.testing.assert_array_equal(params[path], array, err_msg=path)

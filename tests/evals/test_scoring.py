@@ -21,8 +21,6 @@ from timeviper_jax.evals.published import PublishedBenchmark
 from timeviper_jax.evals.run import Run
 
 TIMES = np.arange(4) + 0.5
-# No model is asked here.
-RUN = object.__new__(Run)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +52,12 @@ def parrot(monkeypatch):
     return bird
 
 
-def score(data, out, *, shard=(0, 1), settings=None, **options) -> str:
+def score(data, out, *, shard=(0, 1), step=7, **options) -> str:
     benchmark = PublishedBenchmark(name="videomme", data=str(data), **options)
-    plan = scoring.Plan(out=out, shard=shard, settings=settings or {"checkpoint": 7})
-    return scoring.score(RUN, benchmark, plan)
+    plan = scoring.Plan(out=out, shard=shard)
+    run = object.__new__(Run)  # No model is asked here.
+    object.__setattr__(run, "step", step)
+    return scoring.score(run, benchmark, plan)
 
 
 def results(out) -> dict:
@@ -116,7 +116,7 @@ def test_some_questions_can_be_answered_before_the_rest(data, parrot, tmp_path):
 def test_answers_of_another_checkpoint_are_not_mixed_in(data, parrot, tmp_path):
     score(data, tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint=7 \(now 8\).*another --out"):
-        score(data, tmp_path, settings={"checkpoint": 8})
+        score(data, tmp_path, step=8)
     with pytest.raises(ValueError, match=r"max_frames=256 \(now 64\)"):
         score(data, tmp_path, max_frames=64)
 

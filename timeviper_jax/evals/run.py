@@ -39,8 +39,8 @@ _PARTS = 8
 class Run:
     """What training left behind, and the features of the videos seen so far.
 
-    Frames of one video that differ from the last encoded one by less than
-    `merge_below` have its features.
+    `step` is that of its checkpoint. Frames of one video that differ from the last
+    encoded one by less than `merge_below` have its features.
     """
 
     model: TimeViper
@@ -49,6 +49,7 @@ class Run:
     features: FeatureStore
     mesh: Mesh
     config: Mapping[str, Any]
+    step: int = 0
     merge_below: float = 0.0
 
     @property
@@ -91,31 +92,33 @@ class Run:
 
 
 def load(workdir: str | os.PathLike) -> Run:
-    """The run's latest checkpoint; without one it raises `FileNotFoundError`."""
-    if not any(pathlib.Path(workdir).glob("checkpoints/*/params")):
-        raise FileNotFoundError(
-            f"{workdir} holds no checkpoint; train into it first:"
-            f" python train.py --config configs/needles.py --workdir {workdir}"
-        )
-    config = _config(workdir)
-    mesh = sharding.make_mesh(**config["mesh"])
-    model = load_model(workdir, mesh)
-    data = config["data"]
+    """The run's newest whole checkpoint.
+
+    Raises:
+      FileNotFoundError: There is none.
+    """
+    missing = FileNotFoundError(
+        f"{workdir} holds no checkpoint; train into it first:"
+        f" python train.py --config configs/needles.py --workdir {workdir}"
+    )
+    if not pathlib.Path(workdir, "checkpoints").is_dir():
+        raise missing
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        record = checkpoints.latest()
+        if record is None:
+            raise missing
+        mesh = sharding.make_mesh(**record.config["mesh"])
+        model = load_model(checkpoints, mesh)
+    data = record.config["data"]
     return Run(
         model=model,
         tokenizer=_tokenizer(data["tokenizer"]),
         template=TEMPLATES[data["template"]],
         features=FeatureStore(data["features"], fingerprint(model)),
         mesh=mesh,
-        config=config,
+        config=record.config,
+        step=record.step,
     )
-
-
-def _config(workdir: str | os.PathLike) -> Mapping[str, Any]:
-    checkpoints = Checkpoints(workdir)
-    record = checkpoints.latest()
-    checkpoints.close()
-    return record.config
 
 
 def _tokenizer(name: str) -> Tokenizer:

@@ -34,7 +34,6 @@ class Plan:
     shard: tuple[int, int] = (0, 1)  # This host's number, and how many there are.
     replicas: int = 1  # Copies of the model on this host.
     worst: int = 20  # Answers shown on the page.
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         number, count = self.shard
@@ -58,7 +57,7 @@ def score(run_: Run, benchmark: PublishedBenchmark, plan: Plan) -> str:
             f"{benchmark.name} has no options to be likely; use --form generate."
         )
     questions = benchmark.questions()
-    settings = _settings(benchmark, plan)
+    settings = _settings(run_, benchmark, plan)
     given = _answers(plan.out, settings)
     _ask(run_, benchmark, plan, questions, given, settings)
     if waiting := [q.id for q in questions if q.id not in given]:
@@ -67,14 +66,14 @@ def score(run_: Run, benchmark: PublishedBenchmark, plan: Plan) -> str:
             f" answered in {plan.out}; run it without --shard when all shards are done."
         )
     records = [runner.record(q, given[q.id], benchmark) for q in questions]
-    return _write(benchmark, plan, questions, records)
+    return _write(benchmark, plan, questions, records, settings)
 
 
-def _settings(benchmark: PublishedBenchmark, plan: Plan) -> dict[str, Any]:
+def _settings(run_: Run, benchmark: PublishedBenchmark, plan: Plan) -> dict[str, Any]:
     """What makes answers comparable; which questions are asked does not."""
     names = ("name", "max_frames", "min_frames", "subtitles")
     own = {name: getattr(benchmark, name) for name in names}
-    return {**plan.settings, **own, "likeliest": plan.likeliest}
+    return {"checkpoint": run_.step, **own, "likeliest": plan.likeliest}
 
 
 def _answers(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -141,6 +140,7 @@ def _write(
     plan: Plan,
     questions: list[Question],
     records: list[Record],
+    settings: Mapping[str, Any],
 ) -> str:
     groups = {entry.id: entry.groups for entry in benchmark.entries}
     spec, out = benchmark.spec, plan.out
@@ -156,7 +156,7 @@ def _write(
     report.write_records(out / "records.json", records)
     results = {
         "benchmark": benchmark.name,
-        "settings": _settings(benchmark, plan),
+        "settings": settings,
         "mean_of": spec.mean_of or "question",
         "unparsed": scores.unparsed(records),
         "scores": scores.as_json(found),
@@ -187,9 +187,3 @@ def tools(
             yield Tools(meteor=meteor)
     else:
         yield Tools()
-
-
-def checkpoint(workdir: str | pathlib.Path) -> int:
-    """The step of a run's latest checkpoint, by which its answers are known."""
-    found = pathlib.Path(workdir).glob("checkpoints/*/params")
-    return max((int(path.parent.name) for path in found), default=0)

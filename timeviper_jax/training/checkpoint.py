@@ -294,12 +294,10 @@ def load_params(workdir: str | os.PathLike, mesh: Mesh) -> Params:
     return params
 
 
-def load_model(workdir: str | os.PathLike, mesh: Mesh) -> TimeViper:
-    """The model of a run's latest checkpoint, as the stage it stands in has it."""
-    checkpoints = open_run(workdir)
+def load_model(checkpoints: Checkpoints, mesh: Mesh) -> TimeViper:
+    """The model of the newest whole checkpoint, as the stage it stands in has it."""
     params = checkpoints.restore_params(mesh)
     record = checkpoints.latest()
-    checkpoints.close()
     stage = StageConfig.from_dict(record.config["stages"][record.stage])
     cfg = model_config(**record.config["model"]).with_transv(stage.transv)
     graph, _ = describe(cfg)
