@@ -131,6 +131,18 @@ def test_another_model_is_asked_anew(place, monkeypatch):
     assert len(before.read_text().splitlines()) == 2 * len(lines)
 
 
+def test_another_split_is_asked_anew(place):
+    run(place, "demo", "--arms", "none")
+    scenes = (place / "heldout.scenes.jsonl").read_text()
+    (place / "other.scenes.jsonl").write_text(scenes)
+    run(place, "demo", "--arms", "none", "--split", "other")
+    one, other = (
+        (place / "demo" / name / "none.jsonl").read_text().splitlines()
+        for name in ("needle_map", "needle_map_other")
+    )
+    assert len(one) == len(other) > 0
+
+
 def test_a_shuffled_video_is_another_one_with_its_needle_elsewhere(place):
     args = needle_map._parse(["--data", str(place), *FLAGS])
     cells = needle_map.make_cells(args)

@@ -203,7 +203,7 @@ def make_tasks(args: argparse.Namespace, cells: Sequence[Cell]) -> list[Task]:
 def answer(task: Task, args: argparse.Namespace, bar: tqdm) -> Iterator[Record]:
     """All answers of one run, those it gave before and new ones."""
     run_ = runs.load(args.workdir / task.run)
-    path = args.workdir / "needle_map" / f"{task.name}.jsonl"
+    path = _out(args) / f"{task.name}.jsonl"
     answers = Answers(path, digest(run_.model, args.question_seed))
     videos = {p.video for c in task.cells for v in c.videos for p in v.pieces}
     runs.encode_missing(run_, videos)
@@ -216,6 +216,12 @@ def answer(task: Task, args: argparse.Namespace, bar: tqdm) -> Iterator[Record]:
             answers.put(records)
         bar.update(cell.frames * len(cell.videos))
         yield from records
+
+
+def _out(args: argparse.Namespace) -> pathlib.Path:
+    """Where answers are kept: those about another split in a folder of their own."""
+    name = "needle_map" if args.split == "heldout" else f"needle_map_{args.split}"
+    return args.workdir / name
 
 
 # What came of it.
@@ -394,7 +400,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(sys.argv[1:] if argv is None else argv)
-    out = args.workdir / "needle_map"
+    out = _out(args)
     jax.config.update("jax_compilation_cache_dir", str(args.workdir / "compiled"))
     try:
         tasks = make_tasks(args, make_cells(args))
