@@ -29,7 +29,7 @@ def model():
 
 
 def _run(model, batch, moving, *, cached=False, accumulate=1, steps=1):
-    """State and logged means after some steps on one batch."""
+    """State and logged means after some steps on one batch, and how to lower one."""
     graph, params = model
     frozen = {path: p for path, p in params.items() if path not in moving}
     # Donated buffers are gone afterwards; the fixture's are to stay.
@@ -43,7 +43,7 @@ def _run(model, batch, moving, *, cached=False, accumulate=1, steps=1):
     for _ in range(steps):
         state, means = step(state, frozen, batch)
         window.append(summarise([means]))
-    return state, window, step.lower(state, frozen, batch)
+    return state, window, lambda: step.lower(state, frozen, batch)
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +117,13 @@ def test_frozen_parameters_have_no_gradient_and_no_memory(model):
         frames=None,
         features=np.ones((4, mini.FRAMES, 4, 32), np.float16),
     )
-    state, _, lowered = _run(model, batch, moving, cached=True)
+    state, _, lower = _run(model, batch, moving, cached=True)
     moments = jax.tree.leaves(state.opt_state)
     assert sum(m.size for m in moments) < 2.1 * sum(params[p].size for p in moving)
     changed = {p for p in moving if not np.array_equal(state.params[p], params[p])}
     assert changed == moving
     # Features are given: the encoder is not even an argument of the program.
-    given = lowered.compile().memory_analysis().argument_size_in_bytes
+    given = lower().compile().memory_analysis().argument_size_in_bytes
     arguments = jax.tree.leaves((state, params, batch))
     encoder = [p for path, p in params.items() if path.startswith("vision/")]
     size = lambda arrays: sum(array.nbytes for array in arrays)
@@ -131,36 +131,32 @@ def test_frozen_parameters_have_no_gradient_and_no_memory(model):
     assert given <= size(arguments) - moved - size(encoder)
 
 
-def _on_eight_devices(*meshes):
+def _on_eight_devices(mesh):
     """What `tests/training/eight_devices.py` finds on eight simulated devices."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.eight_devices", *meshes],
+        [sys.executable, "-m", "tests.training.eight_devices", mesh],
         env=os.environ | {"XLA_FLAGS": flags},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    lines = map(json.loads, done.stdout.splitlines())
-    return dict(zip(meshes, lines, strict=True))
+    return json.loads(done.stdout)
 
 
-def _assert_equals_single(got, whole, shards):
-    _, state, window, _ = whole
+@pytest.mark.parametrize(
+    "mesh, shards",
+    [
+        ("fsdp", 8),
+        pytest.param("data", 1, marks=pytest.mark.slow),
+        pytest.param("mixed", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_on_eight_devices_equals_a_single_devices(whole, mesh, shards):
+    got, (_, state, window, _) = _on_eight_devices(mesh), whole
     assert got["shards"] == shards
     want = [means["loss"] for means in window]
     np.testing.assert_allclose(got["losses"], want, rtol=1e-4)
     for path, values in got["params"].items():
         single = np.asarray(state.params[path]).ravel()[:64]
         np.testing.assert_allclose(values, single, atol=1e-4, err_msg=path)
-
-
-def test_data_parallel_and_fsdp_steps_equal_a_single_devices(whole):
-    got = _on_eight_devices("data", "fsdp")
-    _assert_equals_single(got["data"], whole, shards=1)
-    _assert_equals_single(got["fsdp"], whole, shards=8)
-
-
-@pytest.mark.slow
-def test_a_step_split_three_ways_equals_a_single_devices(whole):
-    _assert_equals_single(_on_eight_devices("mixed")["mixed"], whole, shards=4)
