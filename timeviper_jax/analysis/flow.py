@@ -20,7 +20,6 @@ import functools
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -220,7 +219,6 @@ def table(points: Sequence[Point]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    start = time.perf_counter()
     benchmark = NeedleBenchmark(
         data=args.data,
         split=args.split,
@@ -248,7 +246,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "transv": [dataclasses.asdict(s) for s in run_.model.cfg.llm.transv],
         "frames": args.frames,
         "questions": len(questions),
-        "seconds": round(time.perf_counter() - start, 1),
         "points": [dataclasses.asdict(point) for point in points],
     }
     report.write_json(args.out / "flow.json", found)
