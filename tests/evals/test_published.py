@@ -7,7 +7,7 @@ import published_fixtures as fixtures
 import pytest
 
 from timeviper_jax.evals import runner, scores
-from timeviper_jax.evals.entries import DataError
+from timeviper_jax.evals.entries import DataError, Row
 from timeviper_jax.evals.families import Tools, parse_letter
 from timeviper_jax.evals.published import SPECS, PublishedBenchmark
 
@@ -319,6 +319,12 @@ def test_a_missing_field_is_named(folder):
     folder.json("videomme.json", rows)
     with pytest.raises(DataError, match="videomme.json: record 2 lacks 'options'"):
         _ = PublishedBenchmark(name="videomme", data=str(folder.root)).entries
+
+
+def test_a_number_that_is_not_there_is_named():
+    row = Row({"correct_choice": float("nan")}, "a.parquet: record 0")
+    with pytest.raises(DataError, match="record 0: correct_choice=nan is not a num"):
+        row.number("correct_choice")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import ast
 import csv
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,9 +73,12 @@ class Row:
 
     def number(self, name: str) -> float:
         try:
-            return float(self[name])
+            value = float(self[name])
         except (TypeError, ValueError) as error:
             raise self._not(name, "a number") from error
+        if not math.isfinite(value):  # What a table has where it has nothing.
+            raise self._not(name, "a number")
+        return value
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of texts; in a CSV file it is written as Python or JSON does."""

@@ -49,7 +49,7 @@ def run(
 ) -> list[Record]:
     """Every question of the benchmark, answered and scored.
 
-    `features` stand in for the run's own, which the videos must have: see `controls`.
+    `features` stand in for the run's own, which the videos must have: see `zeroed`.
     `quiet` leaves progress to the caller.
     """
     questions = benchmark.questions()
