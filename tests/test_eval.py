@@ -42,8 +42,7 @@ def trained(tmp_path_factory) -> run.Run:
 @pytest.fixture
 def execute(trained, monkeypatch):
     """Runs the program on `trained`, whatever the workdir."""
-    # Another value each time, which has no encoder yet, as after loading.
-    monkeypatch.setattr(run, "load", lambda workdir: dataclasses.replace(trained))
+    monkeypatch.setattr(run, "load", lambda workdir: trained)
     return _execute
 
 
@@ -187,7 +186,7 @@ def test_scores_and_controls_are_written(execute, tmp_path, capsys):
     [((), 3), (("--redundancy=1",), 1), (("--redundancy=1", "--repeats=skip"), 1)],
 )
 def test_frames_that_repeat_are_not_encoded(
-    execute, tmp_path, monkeypatch, capsys, flags_, encoded
+    trained, execute, tmp_path, monkeypatch, capsys, flags_, encoded
 ):
     given = []
 
@@ -195,6 +194,8 @@ def test_frames_that_repeat_are_not_encoded(
         given.append(len(frames))
         return np.ones((len(frames), 4, 32), np.float16)
 
+    # Another value each time, which has no encoder yet, as after loading.
+    monkeypatch.setattr(run, "load", lambda workdir: dataclasses.replace(trained))
     monkeypatch.setattr(run, "make_encoder", lambda *_, **__: encode)
     still = _write_video(tmp_path / "still.mp4", 3)
     still.write_bytes(still.read_bytes() + repr(flags_).encode())  # Not seen before.

@@ -4,14 +4,12 @@ import dataclasses
 
 import jax
 import pytest
-from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from tests.training.mini import make_task
 from timeviper_jax import sharding
 from timeviper_jax.presets import PRESETS, encoder, with_encoder
-from timeviper_jax.timeviper import TimeViper
 from timeviper_jax.training import experiment
 from timeviper_jax.training.experiment import StageConfig
 
@@ -41,9 +39,8 @@ def shapes(preset):
 
 
 def _shapes(cfg):
-    model = nnx.eval_shape(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {"/".join(map(str, path)): param.shape for path, param in flat}
+    _, found = experiment.describe(cfg)
+    return {path: param.shape for path, param in found.items()}
 
 
 def test_every_parameter_matches_exactly_one_rule(shapes):

@@ -161,6 +161,7 @@ def lora_config(config: Mapping[str, Any]) -> LoraConfig:
     return LoraConfig(**{name: _tuples(value) for name, value in values.items()})
 
 
+@functools.lru_cache
 def describe(cfg: TimeViperConfig) -> tuple[nnx.GraphDef, Shapes]:
     """The model's structure, and its parameters' shapes by path; builds nothing."""
     model = nnx.eval_shape(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)))
