@@ -114,12 +114,12 @@ def spec_of(path: str) -> P:
     return found[0][1]
 
 
-def shard_params(paths: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
+def shard_params(paths: Iterable[str], mesh: AnyMesh) -> dict[str, NamedSharding]:
     """The sharding of each parameter, by the path that names it."""
     return {path: NamedSharding(mesh, spec_of(path)) for path in paths}
 
 
-def shard_like_params(state: Tree, paths: Iterable[str], mesh: Mesh) -> Tree:
+def shard_like_params(state: Tree, paths: Iterable[str], mesh: AnyMesh) -> Tree:
     """Shardings of an optimizer's state: its moments live where their parameters do.
 
     A moment is known by the dict of paths it is kept in; what has no path (a count of
@@ -168,6 +168,15 @@ def put(batch: Tree, mesh: Mesh) -> Tree:
         return jax.make_array_from_process_local_data(place, array, whole)
 
     return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def place(shapes: Tree, places: Tree) -> Tree:
+    """Arrays without values where `places` says, for a program that is not run."""
+    return jax.tree.map(
+        lambda z, at: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=at),
+        shapes,
+        places,
+    )
 
 
 def batch_spec(path: tuple, shape: Sequence[int], mesh: AnyMesh) -> P:

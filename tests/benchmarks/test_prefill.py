@@ -172,7 +172,7 @@ def test_the_arithmetic_of_a_stretch_is_that_of_its_layers():
 
 
 def test_memory_is_what_a_program_takes_and_what_else_is_there():
-    chip = Chip("", bandwidth=1e9, clock=1.0, peak=1e12, memory=3 * 2**30)
+    chip = Chip("", bandwidth=1e9, clock=1.0, peak=1e12, memory=3 * 2**30, links=1e9)
     one = dict(part="vision", name="encode", times=2, tokens=4, exact=True)
     one |= dict(flops=3e12, moved=1e9, resident=2**30)
     one |= dict(argument=2**30, output=2**29, alias=2**28, temp=2**28)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 from timeviper_jax import sharding
 from timeviper_jax.training import guard
 from timeviper_jax.training.metrics import Mean, Means
-from timeviper_jax.training.parameters import Params, merge
+from timeviper_jax.training.parameters import Params, Shapes, merge
 
 Objective = Callable[[nnx.Module, Any], Means]
 Adapt = Callable[[Params], Params]
@@ -46,8 +46,40 @@ def create_state(
     guard_config: guard.GuardConfig = guard.FINITE,
 ) -> tuple[TrainState, TrainState]:
     """The state before the first step, and the sharding of every part of it."""
+    places = state_places(params, optimizer, mesh)
+    state = TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), places.step),
+        params=params,
+        opt_state=jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
+        # Made in place: what several hosts put must be equal, and nan is not.
+        guard=jax.jit(lambda: guard.init(guard_config), out_shardings=places.guard)(),
+    )
+    return state, places
+
+
+def describe_state(
+    params: Shapes,
+    optimizer: optax.GradientTransformation,
+    mesh: sharding.AnyMesh,
+    guard_config: guard.GuardConfig = guard.FINITE,
+) -> TrainState:
+    """The shapes of that state, each with its sharding; builds nothing."""
+
+    def create(params):
+        step = jnp.zeros((), jnp.int32)
+        opt_state, guarded = optimizer.init(params), guard.init(guard_config)
+        return TrainState(step, params, opt_state, guarded)
+
+    places = state_places(params, optimizer, mesh)
+    return sharding.place(jax.eval_shape(create, params), places)
+
+
+def state_places(
+    params: Shapes, optimizer: optax.GradientTransformation, mesh: sharding.AnyMesh
+) -> TrainState:
+    """The sharding of every part of a state."""
     whole = NamedSharding(mesh, P())
-    places = TrainState(
+    return TrainState(
         step=whole,
         params=sharding.shard_params(params, mesh),
         opt_state=sharding.shard_like_params(
@@ -55,14 +87,6 @@ def create_state(
         ),
         guard=guard.GuardState(losses=whole, in_row=whole),
     )
-    state = TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), whole),
-        params=params,
-        opt_state=jax.jit(optimizer.init, out_shardings=places.opt_state)(params),
-        # Made in place: what several hosts put must be equal, and nan is not.
-        guard=jax.jit(lambda: guard.init(guard_config), out_shardings=whole)(),
-    )
-    return state, places
 
 
 def make_train_step(

@@ -1,0 +1,73 @@
+r"""Will it fit? Compiles a training step for chips that are not there.
+
+python -m timeviper_jax.benchmarks.fit --config configs/stage2_video.py:frames=144 \
+    --topology v5p:4x4x4 --mesh fsdp=64 --rows 64 --json
+
+Needs the TPU compiler (pip install libtpu), and no chip. docs/pods.md says what the
+lines mean. What cannot fit is said at once, before anything is compiled;
+--arithmetic says only what a chip must hold and take in, in seconds.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from pallas_kernels.bench import compiled
+
+# The compiler reads its options once. With this fusion it cannot say what it made.
+_OPTIONS = {"LIBTPU_INIT_ARGS": "--xla_tpu_enable_async_collective_fusion=false"}
+
+
+def axes(text: str) -> dict[str, int]:
+    """`fsdp=4,context=16` as a dict."""
+    try:
+        return {
+            name: int(size) for name, size in (x.split("=") for x in text.split(","))
+        }
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not like fsdp=4,context=16."
+        ) from None
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:ARG")
+    parser.add_argument("--topology", required=True, help="such as v5p:4x4x4")
+    parser.add_argument("--mesh", type=axes, required=True, help="fsdp=4,context=16")
+    parser.add_argument("--rows", type=int, default=0, help="instead of batch_size")
+    parser.add_argument(
+        "--arithmetic", action="store_true", help="only what needs no compiler"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    if not options.arithmetic and not compiled.available():
+        sys.exit("The TPU compiler is not installed: pip install libtpu.")
+    os.environ.update(compiled.ENVIRONMENT | _OPTIONS)
+    # Later than the environment, which JAX reads when it is imported.
+    from timeviper_jax.benchmarks.fit import program, report
+
+    try:
+        run = report.reckon if options.arithmetic else report.fit
+        found = run(
+            program.read_config(options.config),
+            options.topology,
+            options.mesh,
+            rows=options.rows,
+        )
+    except ValueError as error:
+        sys.exit(str(error))
+    if options.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:22} {value}")
+
+
+if __name__ == "__main__":
+    main()
