@@ -9,7 +9,7 @@ import pytest
 import train
 from configs.common import parse_arg
 from timeviper_jax import sharding
-from timeviper_jax.training.checkpoint import load_model
+from timeviper_jax.training.checkpoint import load_model, open_run
 from timeviper_jax.training.experiment import StageConfig, describe, model_config
 from timeviper_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -82,7 +82,7 @@ def test_smoke_trains_every_stage_it_names(name, tmp_path):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     stages = [json.loads(line)["stage"] for line in lines]
     assert stages == [stage for stage in c.stage_order for _ in range(4)]
-    model = load_model(tmp_path / "run", sharding.make_mesh(fsdp=-1))
+    model = load_model(open_run(tmp_path / "run"), sharding.make_mesh(fsdp=-1))
     assert model.cfg.vision == model_config(**c.model).vision
 
 
