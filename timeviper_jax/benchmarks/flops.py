@@ -157,7 +157,7 @@ _LEAVES: dict[str, Callable[[JaxprEqn], int]] = {
 
 def _scan(eqn: JaxprEqn, inputs: list[Value]) -> tuple[Count, list[Value]]:
     """Iterations differ where values that are known differ; like ones count alike."""
-    consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carried = _scan_split(eqn.params)
     fixed = inputs[:consts]
     carry, xs = inputs[consts : consts + carried], inputs[consts + carried :]
     total, seen = Count(0), {}
@@ -171,6 +171,15 @@ def _scan(eqn: JaxprEqn, inputs: list[Value]) -> tuple[Count, list[Value]]:
         total += added
         carry = results[:carried]
     return total, [*carry, *[None] * (len(eqn.outvars) - carried)]
+
+
+def _scan_split(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # JAX 0.12 on: a tree of its inputs as (constants, carry, slices).
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def _while(eqn: JaxprEqn, inputs: list[Value]) -> tuple[Count, list[Value]]:
