@@ -218,3 +218,79 @@ def test_broken_files_are_named(write, tmp_path):
     path.write_text("data: [")
     with pytest.raises(ManifestError, match="data.yaml: cannot be read"):
         manifest.load(path, "train")
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("../x.mp4", "leads out of its folder"),
+        ("a/../../x.mp4", "leads out of its folder"),
+        ("/etc/passwd", "leads out of its folder"),
+        ("http://host/x.mp4", "a URL, but only files are read"),
+        ("outside/passwd", "a link takes it out of"),
+        ("x\x00.mp4", "no name of a file"),
+        ("\ud800.mp4", "half a surrogate pair"),
+        ("x" * 5_000, "no name of a file"),
+    ],
+)
+def test_paths_stay_below_their_root(write, tmp_path, name, reason):
+    (tmp_path / "outside").symlink_to("/etc")
+    with pytest.raises(ManifestError, match=rf"item 0 \(id 'x'\): image.*{reason}"):
+        manifest.load(write([_item(image=name)]), "train")
+    for key in ("data_path", "json_path"):
+        with pytest.raises(ManifestError, match=f"data set 0: {key}"):
+            manifest.load(write([_item()], **{key: name}), "train")
+
+
+def test_a_root_that_is_named_may_lie_elsewhere(write, tmp_path_factory):
+    videos = tmp_path_factory.mktemp("videos")
+    path = write([_item()], data_path=str(videos))
+    with pytest.raises(ManifestError, match="data_path=.*leads out of its folder"):
+        manifest.load(path, "train")
+    (item,) = manifest.load(path, "train", root=str(videos.parent))
+    assert item.media == (str(videos / "x.mp4"),)
+
+
+@pytest.mark.parametrize(
+    "items, keys, message",
+    [
+        ([_item(image=" | ".join("xxxx"))], {}, "4 media, but the limit is 3"),
+        ([_item(conversations=TALK * 3)], {}, "6 turns, but the limit is 4"),
+        ([_item(id="x" * 2_000)], {}, "item 0: id is .*; give a short name"),
+        ([_item(id="a\nb")], {}, "item 0: id is"),
+        ([_item(needle=[1])], {}, "needle is a list of 1; give a mapping"),
+        ([_item(duration=float("nan"))], {}, "NaN is no number of JSON"),
+        ([_item(duration=True)], {}, "duration is True; give seconds"),
+        ([_item(duration=10**400)], {}, "duration is a number of many digits"),
+        ([_item(frame_times=[1] * 9)], {}, "a list of at most 8 seconds"),
+        ([_item()], {"sample_ratio": 1e12}, "sample_ratio=1e.12 is not between"),
+        ([_item()], {"max_size": True}, "max_size=True is not of type"),
+    ],
+)  # fmt: skip
+def test_limits_are_held(write, items, keys, message):
+    limits = manifest.ManifestLimits(max_media=3, max_turns=4, max_frames=8)
+    keys = {"max_num_frames_fps": 8, **keys}
+    with pytest.raises(ManifestError, match=message):
+        manifest.load(write(items, **keys), "train", limits=limits)
+
+
+def test_bombs_are_not_unpacked(write, tmp_path):
+    path = write([_item()])
+    (tmp_path / "items.json").write_text("[" * 100_000)
+    with pytest.raises(ManifestError, match="items.json: cannot be read: no JSON"):
+        manifest.load(path, "train")
+    path.write_text("a: &a [x]\ndata: [*a]\n")
+    with pytest.raises(ManifestError, match=r"data.yaml: has an alias \(\*name\)"):
+        manifest.load(path, "train")
+    path.write_text("data: !!python/name:os.system\n")
+    with pytest.raises(ManifestError, match="data.yaml: has a tag"):
+        manifest.load(path, "train")
+
+
+def test_only_a_line_feed_ends_a_line(write, tmp_path):
+    talk = [{"from": "human", "value": "a\u2028b"}, TALK[1]]
+    path = write([], lines=True)
+    text = json.dumps(_item(conversations=talk), ensure_ascii=False) + "\n\n"
+    (tmp_path / "items.jsonl").write_text(text, encoding="utf-8")
+    (item,) = manifest.load(path, "train")
+    assert item.conversation[0][1] == "a\u2028b"

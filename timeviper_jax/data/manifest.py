@@ -16,10 +16,12 @@ first. `video_start` and `video_end` cut a window (seconds) out of each video;
 `frame_times` lists the seconds to look at, instead of sampling.
 
 A key that is not known here is an error, so a misspelt one never goes unnoticed.
+A manifest may be a stranger's: it is held to `ManifestLimits`, and everything that it
+names lies, links followed, in its own folder, or in the `root` that the reader names.
 """
 
+import contextlib
 import dataclasses
-import json
 import pathlib
 import re
 import zlib
@@ -27,9 +29,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 
+from timeviper_jax.data import untrusted
 from timeviper_jax.data.conversation import Media, Turn
+from timeviper_jax.data.untrusted import Refused, Root, shown
 from timeviper_jax.data.video import Number, fps_times, sample_times
 
 FORMATS = ("caption", "conversation", "tvg", "dvc")
@@ -53,6 +56,23 @@ _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
 
 class ManifestError(ValueError):
     """A manifest that cannot be read as written; names the file, item and reason."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManifestLimits:
+    """The most that a manifest may ask for."""
+
+    max_bytes: int = 1 << 33  # Of a file of items.
+    max_items: int = 50_000_000  # Of a data set, repeats counted.
+    max_turns: int = 1_000  # Of an item.
+    max_chars: int = 1_000_000  # Of a turn.
+    max_media: int = 1_000  # Of an item.
+    max_frames: int = 100_000  # That an item lists, or a data set asks of each.
+
+
+LIMITS = ManifestLimits()
+_MANIFEST_BYTES = 1 << 22  # Of the list of data sets.
+_MOST_SECONDS = 1e9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,23 +196,50 @@ class Item:
             yield Turn("user", (*media, f"{times} {text}"))
 
 
-def load(path: str | pathlib.Path, split: str) -> list[Item]:
-    """The items of every data set of `split`, in the manifest's order."""
+def load(
+    path: str | pathlib.Path,
+    split: str,
+    *,
+    root: str = "",
+    limits: ManifestLimits = LIMITS,
+) -> list[Item]:
+    """The items of every data set of `split`, in the manifest's order.
+
+    Files are read below `root` only; without one, below the manifest's own folder.
+    """
     path = pathlib.Path(path)
-    spec = _parse(path, yaml.safe_load, yaml.YAMLError)
-    if not isinstance(spec, dict) or set(spec) != {"data"}:
+    with _refusing(f"{path}"):
+        spec = untrusted.parse_yaml(untrusted.read_text(path, _MANIFEST_BYTES))
+    if (
+        not isinstance(spec, dict)
+        or set(spec) != {"data"}
+        or not isinstance(spec["data"], list)
+    ):
         raise ManifestError(f"{path}: write the data sets as a list under 'data:'.")
+    inside = Root(root or path.parent)
     datasets = [
-        _dataset(entry, path, f"{path}: data set {i}")
+        _dataset(entry, path, inside, limits, f"{path}: data set {i}", bool(root))
         for i, entry in enumerate(spec["data"])
     ]
     items = [
-        item for dataset in datasets if dataset.split == split for item in read(dataset)
+        item
+        for dataset in datasets
+        if dataset.split == split
+        for item in read(dataset, inside, limits)
     ]
     if not items:
         splits = sorted({dataset.split for dataset in datasets})
         raise ManifestError(f"{path}: no items of split {split!r}; it has {splits}.")
     return items
+
+
+@contextlib.contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Says of what is refused where it stands."""
+    try:
+        yield
+    except Refused as error:
+        raise ManifestError(f"{where}: {error}.") from error
 
 
 def select(
@@ -209,61 +256,69 @@ def select(
     return chosen
 
 
-def read(dataset: Dataset) -> list[Item]:
+def read(dataset: Dataset, root: Root, limits: ManifestLimits = LIMITS) -> list[Item]:
     """The items of one data set, as many and as often as it asks for."""
     path = pathlib.Path(dataset.json_path)
     items = [
-        _item(raw, dataset, f"{path}: item {i}") for i, raw in enumerate(_raw(path))
+        _item(raw, dataset, root, limits, f"{path}: item {i}")
+        for i, raw in enumerate(_raw(path, limits))
     ][: dataset.max_size]
-    repeats, part = divmod(round(len(items) * dataset.sample_ratio), len(items) or 1)
+    count = round(len(items) * dataset.sample_ratio)
+    if count > limits.max_items:
+        raise ManifestError(
+            f"{path}: {count} items with sample_ratio={dataset.sample_ratio:g}, but the"
+            f" limit is {limits.max_items}."
+        )
+    repeats, part = divmod(count, len(items) or 1)
     rng = np.random.default_rng(zlib.crc32(dataset.name.encode()))
     some = np.sort(rng.permutation(len(items))[:part])
     return items * repeats + [items[i] for i in some]
 
 
-def _raw(path: pathlib.Path) -> list[Any]:
+def _raw(path: pathlib.Path, limits: ManifestLimits) -> list[Any]:
     """The parsed items of a JSON list, or of JSON lines."""
+    if path.suffix not in (".json", ".jsonl"):
+        raise ManifestError(f"{path}: neither .json nor .jsonl; rename or convert it.")
+    with _refusing(f"{path}"):
+        text = untrusted.read_text(path, limits.max_bytes)
     if path.suffix == ".json":
-        items = _parse(path, json.loads, json.JSONDecodeError)
+        with _refusing(f"{path}: cannot be read"):
+            items = untrusted.parse_json(text)
         if not isinstance(items, list):
             raise ManifestError(f"{path}: holds no list; write the items as one.")
         return items
-    if path.suffix != ".jsonl":
-        raise ManifestError(f"{path}: neither .json nor .jsonl; rename or convert it.")
-    lines = _parse(path, str.splitlines, UnicodeDecodeError)
     items = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            items.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ManifestError(f"{path}: line {number}: no JSON ({error}).") from error
+    for number, line in untrusted.lines(text):
+        with _refusing(f"{path}: line {number}"):
+            items.append(untrusted.parse_json(line))
     return items
 
 
-def _parse(path: pathlib.Path, parse: Any, error: type[Exception]) -> Any:
-    if not path.is_file():
-        raise ManifestError(f"{path}: no such file; check the path.")
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (error, UnicodeDecodeError) as problem:
-        reason = " ".join(str(problem).split())
-        raise ManifestError(f"{path}: cannot be read ({reason}).") from problem
+def _dataset(
+    entry: Any,
+    manifest: pathlib.Path,
+    root: Root,
+    limits: ManifestLimits,
+    where: str,
+    anywhere: bool,
+) -> Dataset:
+    """Checks an entry of a manifest; its paths are relative to the manifest.
 
-
-def _dataset(entry: Any, manifest: pathlib.Path, where: str) -> Dataset:
-    """Checks an entry of a manifest; its paths are relative to the manifest."""
+    With a root that was named for it, they may be any that lie there.
+    """
     _check_keys(entry, {field.name for field in dataclasses.fields(Dataset)}, where)
     for field in dataclasses.fields(Dataset):
         required = field.default is dataclasses.MISSING
         if field.name not in entry:
             if required:
                 raise ManifestError(f"{where}: {field.name!r} is missing.")
-        elif not isinstance(entry[field.name], field.type):
+        elif not _is_of(entry[field.name], field.type):
             raise ManifestError(
-                f"{where}: {field.name}={entry[field.name]!r} is not of type"
+                f"{where}: {field.name}={shown(entry[field.name])} is not of type"
                 f" {getattr(field.type, '__name__', field.type)}."
             )
     dataset = Dataset(**entry)
+    _check_numbers(dataset, limits, where)
     if dataset.kind not in FORMATS:
         raise ManifestError(
             f"{where}: format={dataset.format!r} is not one of {FORMATS}, nor one of"
@@ -276,7 +331,9 @@ def _dataset(entry: Any, manifest: pathlib.Path, where: str) -> Dataset:
             f"{where}: format={dataset.format} with pack_size={dataset.pack_size};"
             " items share rows if the format ends in _packed and pack_size is above 1."
         )
-    if not re.fullmatch(r"rand|middle|fps\d+(\.\d+)?", dataset.video_sample_type):
+    if not re.fullmatch(
+        r"rand|middle|fps\d{1,4}(\.\d{1,9})?", dataset.video_sample_type, re.ASCII
+    ):
         raise ManifestError(
             f"{where}: video_sample_type={dataset.video_sample_type!r} is none of rand,"
             " middle, and fps with a number (fps1)."
@@ -291,12 +348,48 @@ def _dataset(entry: Any, manifest: pathlib.Path, where: str) -> Dataset:
             f"{where}: video_num_frames={frames} contradicts"
             f" video_sample_type={dataset.video_sample_type}; use auto, or middle."
         )
-    folder = manifest.parent
-    return dataclasses.replace(
-        dataset,
-        json_path=str(folder / dataset.json_path),
-        data_path=str(folder / dataset.data_path),
+    paths = {}
+    for name in ("json_path", "data_path"):
+        with _refusing(f"{where}: {name}={shown(entry.get(name))}"):
+            if not anywhere:
+                untrusted.check_name(getattr(dataset, name))
+            paths[name] = str(manifest.parent / getattr(dataset, name))
+            root.check(paths[name])
+    return dataclasses.replace(dataset, **paths)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; true and false are no numbers."""
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int | float) and not untrusted.is_number(value):
+        return False
+    return isinstance(value, kind)
+
+
+def _check_numbers(dataset: Dataset, limits: ManifestLimits, where: str) -> None:
+    least_and_most = dict(
+        pack_size=(1, 10_000),
+        max_size=(0, limits.max_items),
+        sample_ratio=(0, limits.max_items),
+        max_txt_seq_len=(1, limits.max_chars),
+        video_num_frames=(1, limits.max_frames),
+        max_num_frames_fps=(1, limits.max_frames),
+        min_num_frames_fps=(1, limits.max_frames),
     )
+    for name, (least, most) in least_and_most.items():
+        value = getattr(dataset, name)
+        if isinstance(value, Number) and not least <= value <= most:
+            raise ManifestError(
+                f"{where}: {name}={value:g} is not between {least} and {most}."
+            )
+    for name in ("name", "split", "dataset_type", "video_sample_type"):
+        if not _is_label(getattr(dataset, name)):
+            raise ManifestError(f"{where}: {name} is no short printable name.")
+
+
+def _is_label(text: str) -> bool:
+    return len(text) <= 1_000 and text.isprintable()
 
 
 _ITEM_KEYS = {
@@ -306,51 +399,85 @@ _ITEM_KEYS = {
 }
 
 
-def _item(raw: Any, dataset: Dataset, where: str) -> Item:
+def _item(
+    raw: Any, dataset: Dataset, root: Root, limits: ManifestLimits, where: str
+) -> Item:
     _check_keys(raw, _ITEM_KEYS, where)
+    name = str(raw.get("id", where)) if _is_id(raw.get("id")) else None
+    if name is None:
+        raise ManifestError(f"{where}: id is {shown(raw['id'])}; give a short name.")
     where = f"{where} (id {raw.get('id')!r})"
-    names = _text(raw.get("image", ""), f"{where}: image")
-    media = tuple(
-        str(pathlib.Path(dataset.data_path) / name.strip())
-        for name in names.split(" | ")
-        if name.strip()
-    )
+    media = _media(raw.get("image", ""), dataset, root, limits, f"{where}: image")
     if dataset.kind == "caption":
-        caption = _text(raw.get("caption"), f"{where}: caption")
+        caption = _text(raw.get("caption"), limits, f"{where}: caption")
         conversation = (("assistant", caption),)
     else:
-        conversation = tuple(_conversation(raw.get("conversations"), where))
+        conversation = tuple(_conversation(raw.get("conversations"), limits, where))
         _check_markers(conversation, len(media), where)
     start, end = _window(raw, where)
+    notes = raw.get("needle")
+    if notes is not None and not isinstance(notes, dict):
+        raise ManifestError(f"{where}: needle is {shown(notes)}; give a mapping.")
     return Item(
-        id=str(raw.get("id", where)),
+        id=name,
         dataset=dataset,
         media=media,
         conversation=conversation,
         duration=_number(raw.get("duration"), f"{where}: duration"),
         start=start,
         end=end,
-        frame_times=_times(raw.get("frame_times"), f"{where}: frame_times"),
-        notes=raw.get("needle"),
+        frame_times=_times(raw.get("frame_times"), limits, f"{where}: frame_times"),
+        notes=notes,
     )
 
 
-def _conversation(raw: Any, where: str) -> Iterator[tuple[str, str]]:
+def _is_id(value: Any) -> bool:
+    number = isinstance(value, int) and untrusted.is_number(value)
+    return value is None or number or (isinstance(value, str) and _is_label(value))
+
+
+def _media(
+    value: Any, dataset: Dataset, root: Root, limits: ManifestLimits, where: str
+) -> tuple[str, ...]:
+    """The paths that `value` names, all of them below the data set's folder."""
+    names = [name.strip() for name in _text(value, limits, where).split(" | ")]
+    names = [name for name in names if name]
+    if len(names) > limits.max_media:
+        raise ManifestError(
+            f"{where}: {len(names)} media, but the limit is {limits.max_media}."
+        )
+    paths = []
+    for name in names:
+        with _refusing(f"{where}: {name!r:.120}"):
+            untrusted.check_name(name)
+            paths.append(str(pathlib.Path(dataset.data_path) / name))
+            root.check(paths[-1])
+    return tuple(paths)
+
+
+def _conversation(
+    raw: Any, limits: ManifestLimits, where: str
+) -> Iterator[tuple[str, str]]:
     """Speakers and texts: perhaps the system, then questions and answers in turn."""
     if not isinstance(raw, list) or not raw:
         raise ManifestError(f"{where}: 'conversations' is no list of turns.")
+    if len(raw) > limits.max_turns:
+        raise ManifestError(
+            f"{where}: {len(raw)} turns, but the limit is {limits.max_turns}."
+        )
     expected = ("user", "system")
     for number, turn in enumerate(raw):
         place = f"{where}: turn {number}"
         _check_keys(turn, {"from", "value"}, place)
-        speaker = _SPEAKERS.get(turn.get("from"))
+        given = turn.get("from")
+        speaker = _SPEAKERS.get(given) if isinstance(given, str) else None
         if speaker not in expected:
             raise ManifestError(
-                f"{place}: from={turn.get('from')!r}, but human and gpt must take"
+                f"{place}: from={shown(given)}, but human and gpt must take"
                 " turns, human first (after system, if any)."
             )
         expected = ("assistant",) if speaker == "user" else ("user",)
-        yield speaker, _text(turn.get("value"), f"{place}: value")
+        yield speaker, _text(turn.get("value"), limits, f"{place}: value")
     if speaker != "assistant":
         raise ManifestError(f"{where}: the last turn is no answer; end with gpt's.")
 
@@ -397,31 +524,39 @@ def _window(raw: Mapping[str, Any], where: str) -> tuple[Number | None, Number |
 
 def _check_keys(raw: Any, known: set[str], where: str) -> None:
     if not isinstance(raw, dict):
-        raise ManifestError(f"{where}: not a mapping of keys to values: {raw!r:.60}.")
-    if unknown := sorted(set(raw) - known):
+        raise ManifestError(f"{where}: not a mapping of keys to values: {shown(raw)}.")
+    if unknown := sorted(shown(key) for key in set(raw) - known):
         raise ManifestError(
-            f"{where}: unknown {unknown}; the keys are {sorted(known)}."
+            f"{where}: unknown [{', '.join(unknown[:10])}]; the keys are"
+            f" {sorted(known)}."
         )
 
 
-def _times(raw: Any, where: str) -> tuple[Number, ...] | None:
+def _times(raw: Any, limits: ManifestLimits, where: str) -> tuple[Number, ...] | None:
     if raw is None:
         return None
-    if not isinstance(raw, list) or not raw:
-        raise ManifestError(f"{where} is {raw!r:.60}; give a list of seconds.")
+    if not isinstance(raw, list) or not 0 < len(raw) <= limits.max_frames:
+        raise ManifestError(
+            f"{where} is {shown(raw)}; give a list of at most {limits.max_frames}"
+            " seconds."
+        )
     times = tuple(_number(value, where) for value in raw)
     if None in times or list(times) != sorted(times):
-        raise ManifestError(f"{where} is {raw!r:.60}; give rising seconds.")
+        raise ManifestError(f"{where} is {shown(raw)}; give rising seconds.")
     return times
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: Any, limits: ManifestLimits, where: str) -> str:
     if not isinstance(value, str):
-        raise ManifestError(f"{where} is {value!r:.60}; give a text.")
+        raise ManifestError(f"{where} is {shown(value)}; give a text.")
+    with _refusing(where):
+        untrusted.check_text(value, limits.max_chars)
     return value
 
 
 def _number(value: Any, where: str) -> Number | None:
-    if value is not None and (not isinstance(value, Number) or value < 0):
-        raise ManifestError(f"{where} is {value!r:.60}; give seconds from 0 on.")
+    if value is not None and not (
+        untrusted.is_number(value) and 0 <= value <= _MOST_SECONDS
+    ):
+        raise ManifestError(f"{where} is {shown(value)}; give seconds from 0 on.")
     return value

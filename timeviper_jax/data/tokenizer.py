@@ -38,7 +38,10 @@ class Tokenizer(Protocol):
     image_id: int
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, none of them special."""
+        """The ids of `text`, none of them special.
+
+        Raises UnicodeEncodeError for half a surrogate pair, which JSON can hold.
+        """
 
     def special(self, name: str) -> int:
         """The id of the special token called `name`."""
@@ -92,6 +95,7 @@ class JsonTokenizer:
         return list(self._encode(text))
 
     def _encode_new(self, text: str) -> tuple[int, ...]:
+        text.encode("utf-8")  # Says where text is no Unicode; the library would not.
         return tuple(self._text.encode(text, add_special_tokens=False).ids)
 
     def special(self, name: str) -> int:
