@@ -5,7 +5,6 @@ An image is a video of one second; a folder of images is a video at one frame a 
 Files that cannot give what was asked raise `VideoError`, never a wrong frame.
 """
 
-import contextlib
 import dataclasses
 import fractions
 import math
@@ -16,28 +15,31 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Float64, UInt8
-from PIL import Image, ImageOps
 
 from timeviper_jax.data.images import Fit, as_fit
+from timeviper_jax.data.media import (
+    MediaLimits,
+    Number,
+    VideoError,
+    image_files,
+    open_video,
+    read_image,
+)
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+LIMITS = MediaLimits()
+
 # Where no index tells where the key frames are, they are taken to be this far apart.
 _GOP_SECONDS = 10.0
 # A seek costs about as much as decoding this many frames.
 _SEEK_FRAMES = 8
 # Containers that do not count their frames also round their duration.
 _LOOSE_END_SECONDS = 1.0
+# A frame that only repeats the last one, and its entry in the index.
+_LEAST_BYTES = 8
 _NO_TIMESTAMPS = (
     "zero frames, or none with a timestamp; write it again as an mp4"
     " (ffmpeg -i FILE out.mp4)."
 )
-
-
-Number = float | int
-
-
-class VideoError(Exception):
-    """A media file that cannot give the frames asked of it; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,26 +53,23 @@ class VideoInfo:
     width: int
 
 
-def is_image(path: str | pathlib.Path) -> bool:
-    """Whether `path` is a still picture, to be shown once, by its name."""
-    return pathlib.Path(path).suffix.lower() in IMAGE_SUFFIXES
-
-
-def probe(path: str | pathlib.Path) -> VideoInfo:
+def probe(path: str | pathlib.Path, limits: MediaLimits = LIMITS) -> VideoInfo:
     """Reads duration and sizes without decoding a video's frames."""
     path = pathlib.Path(path)
-    if images := _image_files(path):
-        height, width = _read_image(images[0]).shape[:2]
+    if images := image_files(path, limits):
+        height, width = read_image(images[0], limits).shape[:2]
         count = len(images)
         return VideoInfo(
             duration=float(count), num_frames=count, fps=1.0, height=height, width=width
         )
-    with _open(path) as (container, stream):
+    with open_video(path, limits) as (container, stream):
         duration = _duration(container, stream, path)
         fps = float(stream.average_rate or stream.base_rate or 0)
+        num_frames = stream.frames or max(1, round(duration * fps))
+        limits.check_extent(path, frames=num_frames, seconds=duration, fps=fps)
         return VideoInfo(
             duration=duration,
-            num_frames=stream.frames or max(1, round(duration * fps)),
+            num_frames=num_frames,
             fps=fps,
             height=stream.codec_context.height,
             width=stream.codec_context.width,
@@ -111,12 +110,16 @@ def fps_times(
 
 
 def read_frames(
-    path: str | pathlib.Path, times: Sequence[float] | np.ndarray, fit: Fit | int
+    path: str | pathlib.Path,
+    times: Sequence[float] | np.ndarray,
+    fit: Fit | int,
+    *,
+    limits: MediaLimits = LIMITS,
 ) -> UInt8[np.ndarray, "F S S 3"]:
     """The frames at `times`, resized as Pillow does; see `iter_frames`."""
     fit = as_fit(fit)
     frames = np.empty((len(times), fit.size, fit.size, 3), np.uint8)
-    for i, frame in enumerate(iter_frames(path, times, fit)):
+    for i, frame in enumerate(iter_frames(path, times, fit, limits=limits)):
         frames[i] = frame
     return frames
 
@@ -127,6 +130,7 @@ def iter_frames(
     fit: Fit | int,
     *,
     threads: int = 1,
+    limits: MediaLimits = LIMITS,
 ) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
     """Yields the frame on screen at each of `times` (seconds, ascending).
 
@@ -139,32 +143,24 @@ def iter_frames(
     times = np.asarray(times, np.float64)
     if np.any(np.diff(times) < 0):
         raise ValueError("Frames are read forwards; sort the times.")
-    if images := _image_files(path):
-        yield from _iter_images(images, times, fit)
+    if images := image_files(path, limits):
+        yield from _iter_images(images, times, fit, limits)
         return
-    with _open(path, threads) as (container, stream):
-        yield from _Reader(container, stream, path).frames(times, fit)
+    with open_video(path, limits, threads) as (container, stream):
+        reader = _Reader(container, stream, path)
+        reader.check_extent(limits)
+        yield from reader.frames(times, fit)
 
 
 # ---------------------------------------------------------------------------
 # Images and folders of images.
 
 
-def _image_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The images that `path` stands for; none if it is a video file."""
-    if path.is_dir():
-        files = sorted(filter(is_image, path.iterdir()))
-        if not files:
-            raise VideoError(
-                f"{path}: a folder without images; put its frames there as"
-                f" {', '.join(sorted(IMAGE_SUFFIXES))}."
-            )
-        return files
-    return [path] if is_image(path) else []
-
-
 def _iter_images(
-    files: list[pathlib.Path], times: Float64[np.ndarray, "F"], fit: Fit
+    files: list[pathlib.Path],
+    times: Float64[np.ndarray, "F"],
+    fit: Fit,
+    limits: MediaLimits,
 ) -> Iterator[np.ndarray]:
     if len(times) and times[-1] > len(files):
         raise VideoError(
@@ -174,52 +170,12 @@ def _iter_images(
     index, frame = -1, None
     for wanted in np.clip(times.astype(int), 0, len(files) - 1):
         if wanted != index:
-            index, frame = wanted, fit(_read_image(files[wanted]))
+            index, frame = wanted, fit(read_image(files[wanted], limits))
         yield frame
-
-
-def _read_image(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(
-            f"{path}: not a readable image ({_one_line(error)}); replace the file."
-        ) from error
 
 
 # ---------------------------------------------------------------------------
 # Video files.
-
-
-@contextlib.contextmanager
-def _open(
-    path: pathlib.Path, threads: int = 1
-) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Opens a video for decoding; errors name the file."""
-    if not path.exists():
-        raise VideoError(f"{path}: no such file; check the path.")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(
-                    f"{path}: not a video, or cut short before its first frame; give"
-                    " another file."
-                )
-            stream = container.streams.video[0]
-            stream.thread_type = "SLICE" if threads == 1 else "FRAME"
-            stream.codec_context.thread_count = threads
-            yield container, stream
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(
-            f"{path}: not a video that can be decoded ({_one_line(error)}); it may be"
-            " damaged or of another kind: replace it."
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())
 
 
 def _duration(
@@ -275,6 +231,27 @@ class _Reader:
         self._quarter_turns: int | None = None  # Phones film sideways and say so.
         self._decoded = 0  # Since the last seek.
 
+    def check_extent(self, limits: MediaLimits) -> None:
+        """Raises if the video is said to be longer than it may be, or than it can."""
+        limits.check_extent(
+            self._path,
+            frames=self._num_frames(),
+            seconds=self._duration,
+            fps=float(self._stream.average_rate or 0),
+        )
+        count, size = self._stream.frames, self._path.stat().st_size
+        if count * _LEAST_BYTES > size:
+            raise VideoError(
+                f"{self._path}: {count} frames cannot be in {size} bytes; the file is"
+                " damaged: copy it again."
+            )
+        if count > 1 and self._frame_ticks > self._ticks(self._duration):
+            raise VideoError(
+                f"{self._path}: {count} frames in {self._duration:g} s, each of"
+                f" {float(self._frame_ticks * self._stream.time_base):g} s; the file is"
+                " damaged: copy it again."
+            )
+
     def frames(
         self, times: Float64[np.ndarray, "F"], fit: Fit
     ) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
@@ -283,6 +260,7 @@ class _Reader:
         stamps = self._decode()
         shown, converted = None, None
         coming: tuple[int, av.VideoFrame] | None = next(stamps, None)
+        self._check_start(coming)
         for target in self._targets(times):
             if coming is not None and self._seek_pays(coming[0], target):
                 stamps, coming = self._seek(target)
@@ -306,15 +284,18 @@ class _Reader:
         ticks = np.floor(times / float(self._stream.time_base) + 1e-6)
         return (ticks.astype(np.int64) + self._origin).tolist()
 
-    def _decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Frames from here on, each with the tick at which it appears."""
+    def _decode(self, from_start: bool = True) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Frames from here on, each with the tick at which it appears.
+
+        From the start there must be some; further on the last key frame may be past.
+        """
         end = None
         for frames, is_last in self._decode_packets():
             stamps = [self._stamp(frame, i) for i, frame in enumerate(frames)]
             self._decoded += len(frames)
             if frames:
                 end = stamps[-1] + (frames[-1].duration or self._frame_ticks)
-            if is_last:
+            if is_last and (from_start or end is not None):
                 self._check_end(end)
             yield from zip(stamps, frames, strict=True)
 
@@ -354,14 +335,16 @@ class _Reader:
         """Decodes from the last key frame that is on screen by `target`."""
         key, step = target, _SEEK_FRAMES * self._frame_ticks
         while True:
+            from_start = key <= self._origin
             self._container.seek(max(key, self._origin), stream=self._stream)
             self._decoded = 0
+            stamps = self._decode(from_start)
             # Frames before the key frame may lean on others that were not decoded.
-            stamps = self._decode()
-            coming = next((s for s in stamps if s[1].key_frame), None)
-            if (coming and coming[0] <= target) or key <= self._origin:
+            coming = next((s for s in stamps if from_start or s[1].key_frame), None)
+            if (coming and coming[0] <= target) or from_start:
                 return stamps, coming
-            # Where an index holds decoding times, its key frame may be shown later.
+            # Where an index holds decoding times, its key frame may be shown later;
+            # where there is none, a seek may lead beyond the last key frame.
             key, step = key - step, 2 * step
 
     def _convert(self, frame: av.VideoFrame, fit: Fit) -> np.ndarray:
@@ -379,6 +362,13 @@ class _Reader:
         entries = self._stream.index_entries
         if self._has_index and entries[-1].pos + entries[-1].size > size:
             raise self._cut_short(sum(e.pos + e.size <= size for e in entries))
+
+    def _check_start(self, first: tuple[int, av.VideoFrame] | None) -> None:
+        """Raises if too much is missing before the first frame that is whole."""
+        gap = first[0] - self._origin if first else 0
+        if gap > self._ticks(_LOOSE_END_SECONDS):
+            missing = gap // self._frame_ticks
+            raise self._cut_short(max(0, self._num_frames() - missing))
 
     def _check_end(self, end: int | None) -> None:
         """Raises if the stream ends before it was said to.
