@@ -39,7 +39,9 @@ from timeviper_jax.data import (
     shapes,
 )
 from timeviper_jax.data.features import FeatureStore
+from timeviper_jax.data.media import MediaLimits
 from timeviper_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from timeviper_jax.data.workers import WorkerConfig
 from timeviper_jax.inference import encode
 from timeviper_jax.layers.lora import LoraConfig, adapted, is_lora, merged
 from timeviper_jax.layers.lora import init as init_lora
@@ -70,7 +72,7 @@ _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST
 # computes may not.
 MAY_CHANGE = {
     *("log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "validation"),
-    *("limits", "mesh", "data.num_threads"),
+    *("limits", "mesh", "data.num_threads", "data.workers"),
 }
 
 
@@ -227,6 +229,7 @@ def text_data(
     task = stage.task
     return pipeline.DataConfig(
         manifest=c.data.manifest,
+        root=c.data.root,
         split=task.split,
         where=task.where,
         batch_size=stage.batch_size,
@@ -238,6 +241,9 @@ def text_data(
         clip_frames=cfg.vision.clip_frames,
         template=c.data.template,
         num_threads=c.data.num_threads,
+        max_bad_share=c.data.max_bad_share,
+        media=MediaLimits(**c.data.media),
+        workers=WorkerConfig(**c.data.workers),
     )
 
 
@@ -339,7 +345,7 @@ def run_stages(
                 model = merge(graph, adapt({**frozen, **state.params}))
                 store = FeatureStore(c.data.features, encode.fingerprint(model))
                 for some in (data, held_out) if c.validation.every else (data,):
-                    items = manifest.load(some.manifest, some.split)
+                    items = manifest.load(some.manifest, some.split, root=some.root)
                     paths = sorted({path for item in items for path in item.media})
                     encode_missing(c, model, store, paths, mesh, some.split, stop)
             begin = functools.partial(
@@ -430,7 +436,7 @@ def main(argv: list[str]) -> None:
         apply_sweep(c, values.sweep_index, path)
     try:
         run(c, values.workdir)
-    except guard.TooManySkipped as error:
+    except (guard.TooManySkipped, pipeline.TooManyBad) as error:
         logging.error("%s", error)
         sys.exit(BAD_DATA)
     except OSError as error:

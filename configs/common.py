@@ -16,6 +16,20 @@ LIMITS = dict(
     eval=7_200.0,
 )
 
+# The most that a media file of the data may be; the kinds that are read stand with
+# `timeviper_jax.data.media.MediaLimits`.
+MEDIA = dict(
+    max_bytes=64 << 30,
+    max_pixels=1 << 26,
+    max_frames=20_000_000,
+    max_seconds=604_800,
+    max_fps=1_000,
+)
+
+# Processes that decode, and what one may take for a file; a count of 0 decodes in the
+# threads of the input itself, for data that are trusted.
+WORKERS = dict(count=0, memory_bytes=4 << 30, cpu_seconds=120, wall_seconds=1_200)
+
 _BOOLS = {"": True, "true": True, "false": False}
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import GUARD, LIMITS, parse_arg
+from configs.common import GUARD, LIMITS, MEDIA, WORKERS, parse_arg
 
 WORDS = (
     *("nothing", "astronaut", "camera", "cat", "coffee", "coin"),
@@ -68,6 +68,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         tokenizer="data/needles/tokenizer.json",
         template="nano",
         num_threads=2,
+        root="",  # What the manifest names lies here, or where it lies itself.
+        max_bad_share=0.05,  # Of the samples drawn; more unreadable media end the run.
+        media=dict(MEDIA),
+        workers=dict(WORKERS),
     )
     c.optimizer = dict(
         muon=True,

@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import GUARD, LIMITS, parse_arg
+from configs.common import GUARD, LIMITS, MEDIA, WORKERS, parse_arg
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -45,6 +45,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         tokenizer="data/nano/tokenizer.json",
         template="nano",
         num_threads=16,
+        root="",  # What the manifest names lies here, or where it lies itself.
+        max_bad_share=0.05,  # Of the samples drawn; more unreadable media end the run.
+        media=dict(MEDIA),
+        workers=dict(WORKERS),
     )
     c.optimizer = dict(
         muon=False,

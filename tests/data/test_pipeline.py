@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pathlib
 
 import grain
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import yaml
 
 from tests.data.conftest import read
+from timeviper_jax.data import workers
 from timeviper_jax.data.examples import Batch, Role
 from timeviper_jax.data.features import FeatureStore
 from timeviper_jax.data.images import Fit
-from timeviper_jax.data.pipeline import DataConfig, make_batches
+from timeviper_jax.data.pipeline import DataConfig, TooManyBad, make_batches
 from timeviper_jax.data.tokenizer import ByteTokenizer
+from timeviper_jax.data.workers import WorkerConfig
 
 TOKENIZER = ByteTokenizer()
 
@@ -252,6 +255,55 @@ def test_bad_and_long_samples_are_replaced_and_counted(write):
     assert_same(take(make_batches(config(write(items)), TOKENIZER, seed=0), 10), seen)
 
 
+def test_too_large_a_share_of_bad_media_ends_the_run(write):
+    items = [item(i) for i in range(4)] + [item(4, image="missing.mp4")]
+    path = write(items)
+    kept = make_batches(config(path, max_bad_share=0.25), TOKENIZER, seed=0)
+    take(kept, 60)
+    assert kept.drawn == 240 + kept.skipped and kept.bad == kept.skipped
+    batches = make_batches(config(path, max_bad_share=0.1), TOKENIZER, seed=0)
+    with pytest.raises(TooManyBad, match="4: .*missing.mp4: no such file"):
+        take(batches, 60)
+    assert batches.bad == 21  # More than a tenth of 200.
+    with pytest.raises(ValueError, match="max_bad_share=2 is no share"):
+        config(path, max_bad_share=2)
+
+
+def test_workers_make_the_same_batches(dozen):
+    apart = config(dozen, workers=WorkerConfig(count=2))
+    got = take(make_batches(apart, TOKENIZER, seed=0), 2)
+    assert_same(got, take(make_batches(config(dozen), TOKENIZER, seed=0), 2))
+
+
+def test_a_resumed_run_makes_the_choices_of_one_in_which_a_worker_died(
+    dozen, monkeypatch
+):
+    """The worker dies of a file once, as it would for want of memory."""
+    whole, dead = workers.LocalDecoder.read_frames, []
+
+    def read(self, path, times, fit):
+        if path.endswith("/3.mp4") and not dead:
+            dead.append(path)
+            raise workers.WorkerDied(path, "died of SIGKILL")
+        return whole(self, path, times, fit)
+
+    monkeypatch.setattr(workers.LocalDecoder, "read_frames", read)
+    cfg = config(dozen, num_threads=0)
+    unbroken = make_batches(cfg, TOKENIZER, seed=0)
+    start = unbroken.get_state()
+    want = take(unbroken, 3)
+    assert dead and unbroken.skipped == unbroken.bad == 1
+    # Killed before its first checkpoint but for that list, it reads everything again.
+    state = json.loads(json.dumps(unbroken.get_state()))
+    resumed = make_batches(cfg, TOKENIZER, seed=0)
+    resumed.set_state({**start, "deaths": state["deaths"]})
+    assert_same(take(resumed, 3), want)
+    assert resumed.bad == 1
+    unaware = make_batches(cfg, TOKENIZER, seed=0)
+    take(unaware, 3)
+    assert unaware.bad == 0
+
+
 def test_data_that_is_bad_throughout_is_an_error(write):
     path = write([item(i, image="missing.mp4") for i in range(3)])
     batches = make_batches(config(path), TOKENIZER, seed=0)
@@ -266,16 +318,16 @@ def test_a_window_keeps_the_times_of_the_file(write):
     assert read(batch.frames[0, :2]) == [2, 3]
 
 
-def test_images_are_one_frame_each(write, film, tmp_path):
+def test_images_are_one_frame_each(dozen, write, film):
     import av
     from PIL import Image
 
+    folder = pathlib.Path(dozen).parent
     with av.open(str(film("5s.mp4", 5))) as container:
         for i, frame in enumerate(container.decode(video=0)):
-            frame.to_image().save(tmp_path / f"{i}.png")
-    images = f"{tmp_path}/1.png | {tmp_path}/3.png"
-    assert Image.open(tmp_path / "1.png").size == (64, 64)
-    path = write([item(0, image=images)], dataset_type="image")
+            frame.to_image().save(folder / f"{i}.png")
+    assert Image.open(folder / "1.png").size == (64, 64)
+    path = write([item(0, image="1.png | 3.png")], dataset_type="image")
     batch = next(make_batches(config(path), TOKENIZER, seed=0))
     assert read(batch.frames[0, :2]) == [1, 3]
     assert int(np.sum(batch.roles[0] == Role.VISION)) == 4

@@ -10,7 +10,8 @@ Batch = TypeVar("Batch")
 class NamedBatches(grain.DatasetIterator[Batch], Generic[Batch]):
     """The batches of a parent that gives (batch, ids of its samples).
 
-    `samples` are those of the batch given last, of this host alone. `get_state` and
+    `samples` are those of the batch given last, of this host alone; `skipped` counts
+    those that others took the place of. `get_state` and
     `set_state` (JSON) continue it exactly. Close it when done: it may read ahead in
     threads.
     """
@@ -18,6 +19,7 @@ class NamedBatches(grain.DatasetIterator[Batch], Generic[Batch]):
     def __init__(self, parent: grain.DatasetIterator[tuple[Batch, tuple[str, ...]]]):
         super().__init__(parent)
         self.samples: tuple[str, ...] = ()
+        self.skipped = 0
 
     def __next__(self) -> Batch:
         batch, self.samples = next(self._parent)

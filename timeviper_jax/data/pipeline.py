@@ -4,6 +4,8 @@ A batch depends on the seed and its number alone: not on threads, nor on how man
 share the work, nor on where a run was stopped. Each draw has a position in one global
 order; what is random about it is seeded by that position, and a sample that cannot be
 used (a damaged file, too many tokens) is replaced by another that the position names.
+On which files workers died is remembered, and saved with the state: such a death may
+not happen twice.
 """
 
 import dataclasses
@@ -17,17 +19,21 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float64
 
-from timeviper_jax.data import manifest, video
+from timeviper_jax.data import manifest
 from timeviper_jax.data.conversation import TEMPLATES, encode
 from timeviper_jax.data.examples import Batch, Example, RowSize, collate
 from timeviper_jax.data.features import FeatureStore
 from timeviper_jax.data.images import Fit
 from timeviper_jax.data.iterator import NamedBatches
 from timeviper_jax.data.manifest import Item
+from timeviper_jax.data.media import MediaLimits, Number, VideoError, is_image
 from timeviper_jax.data.packing import Load, first_fit
+from timeviper_jax.data.quarantine import Quarantine
 from timeviper_jax.data.tokenizer import Tokenizer
-from timeviper_jax.data.video import VideoError
+from timeviper_jax.data.workers import Decoder, WorkerConfig, WorkerDied, decoder
 
+# A share is a share of at least so many.
+_FEWEST_DRAWS = 200
 # A window may end this much after its video: annotations are rounded.
 _ROUNDING_SECONDS = 1.0
 
@@ -37,6 +43,7 @@ class DataConfig:
     """What a batch holds and how it is made."""
 
     manifest: str
+    root: str = ""  # What it names lies here; by default, where it lies itself.
     split: str = "train"
     where: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # As in `manifest.select`.
     batch_size: int  # Rows, over all hosts.
@@ -53,6 +60,9 @@ class DataConfig:
     prefetch_examples: int = 16
     prefetch_batches: int = 2
     max_tries: int = 10  # For one draw, before the data are declared unusable.
+    max_bad_share: Number = 1.0  # Of the draws so far, those of unreadable media.
+    media: MediaLimits = MediaLimits()
+    workers: WorkerConfig = WorkerConfig()
 
     def __post_init__(self):
         if self.num_frames > self.clip_frames and self.num_frames % self.clip_frames:
@@ -60,6 +70,8 @@ class DataConfig:
                 f"num_frames={self.num_frames} are not whole clips of"
                 f" {self.clip_frames}; use a multiple."
             )
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={self.max_bad_share} is no share of 1.")
 
     @property
     def row(self) -> RowSize:
@@ -86,8 +98,11 @@ def make_batches(
             f"batch_size={cfg.batch_size} does not divide among {process_count} hosts;"
             " use a multiple."
         )
-    items = manifest.select(manifest.load(cfg.manifest, cfg.split), cfg.where)
-    make = _ExampleMaker(cfg, tokenizer, items, seed, features)
+    items = manifest.select(
+        manifest.load(cfg.manifest, cfg.split, root=cfg.root), cfg.where
+    )
+    quarantine = Quarantine(at_once=cfg.prefetch_examples * process_count)
+    make = _ExampleMaker(cfg, tokenizer, items, seed, features, quarantine)
     order_seed = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])
     draws = grain.MapDataset.range(len(items)).shuffle(seed=order_seed).repeat()
     # Positions are given out before the hosts part, so they are the global ones.
@@ -106,30 +121,76 @@ def make_batches(
     ahead = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=cfg.prefetch_batches
     )
-    return Batches(iter(ahead))
+    return Batches(iter(ahead), quarantine, cfg.max_bad_share)
+
+
+class TooManyBad(RuntimeError):
+    """More media could not be read than the config allows."""
 
 
 class Batches(NamedBatches[Batch]):
-    """The batches, and how many samples had to be replaced so far."""
+    """The batches, and how many samples had to be replaced so far, of how many.
 
-    def __init__(self, parent: grain.DatasetIterator):
+    `skipped` are all of them, `bad` those whose media could not be read.
+    """
+
+    def __init__(
+        self,
+        parent: grain.DatasetIterator,
+        quarantine: Quarantine,
+        max_bad_share: Number,
+    ):
         super().__init__(parent)
-        self.skipped = 0
+        self._quarantine, self._max_bad_share = quarantine, max_bad_share
+        self.drawn = self.bad = 0
 
     def __next__(self) -> Batch:
         made = next(self._parent)
         for problem in made.problems:
             logging.warning("Skipped a sample: %s", problem)
         self.skipped += len(made.problems)
+        self.bad += sum(problem.is_bad for problem in made.problems)
+        self.drawn += len(made.samples) + len(made.problems)
+        self._check_share(made.problems)
         self.samples = made.samples
         return made.batch
 
+    def _check_share(self, problems: Sequence["_Problem"]) -> None:
+        most = self._max_bad_share * max(self.drawn, _FEWEST_DRAWS)
+        if self.bad > most:
+            raise TooManyBad(
+                f"The media of {self.bad} of {self.drawn} samples cannot be read, more"
+                f" than max_bad_share={self._max_bad_share:g}; the last is"
+                f" {problems[-1]}"
+            )
+
     def get_state(self) -> dict[str, Any]:
-        return {**super().get_state(), "skipped": self.skipped}
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {**super().get_state(), **counts, "deaths": self._quarantine.deaths()}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        # First of all: what is read ahead from here on is to know of it.
+        self._quarantine.restore(state["deaths"])
         super().set_state(state)
-        self.skipped = state["skipped"]
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+
+
+_COUNTS = ("drawn", "skipped", "bad")
+
+
+class _Problem(NamedTuple):
+    """Why a sample was replaced: its media are bad, or it does not fit."""
+
+    item_id: str
+    error: Exception
+
+    @property
+    def is_bad(self) -> bool:
+        return isinstance(self.error, VideoError)
+
+    def __str__(self) -> str:
+        return f"{self.item_id}: {self.error}"
 
 
 class _Draw(NamedTuple):
@@ -141,7 +202,7 @@ class _Drawn(NamedTuple):
     item_id: str
     example: Example
     max_in_row: int
-    problems: tuple[str, ...]  # Of the samples that it replaces.
+    problems: tuple[_Problem, ...]  # Of the samples that it replaces.
 
 
 class _ExampleMaker:
@@ -154,7 +215,9 @@ class _ExampleMaker:
         items: Sequence[Item],
         seed: int,
         features: FeatureStore | None,
+        quarantine: Quarantine,
     ):
+        self._quarantine = quarantine
         self._cfg, self._tokenizer, self._seed = cfg, tokenizer, seed
         self._items, self._features = items, features
 
@@ -165,11 +228,14 @@ class _ExampleMaker:
             index = rng.integers(len(self._items)) if attempt else draw.index
             item = self._items[index]
             try:
+                self._quarantine.check(item.media, draw.position, attempt)
                 example = load_example(
                     item, self._cfg, self._tokenizer, rng, self._features
                 )
             except (VideoError, Misfit) as error:
-                problems.append(f"{item.id}: {error}")
+                if isinstance(error, WorkerDied):
+                    self._quarantine.add(error.path, draw.position, attempt)
+                problems.append(_Problem(item.id, error))
                 continue
             return _Drawn(item.id, example, item.dataset.pack_size, tuple(problems))
         raise ValueError(
@@ -193,7 +259,10 @@ def load_example(
 
     Raises `VideoError` for media that cannot be read, `Misfit` before reading them.
     """
-    times, seconds = _frame_times(item, cfg, rng)
+    media = decoder(cfg.media, cfg.workers)
+    times, seconds = _frame_times(item, cfg, rng, media)
+    if (frames := sum(map(len, times))) > cfg.num_frames:
+        raise Misfit(f"{frames} frames, but a row holds {cfg.num_frames}")
     if features is None:
         times = [_fill_clip(t, cfg) for t in times]
     text = encode(
@@ -213,7 +282,7 @@ def load_example(
     pairs = list(zip(item.media, times, strict=True))
     if features is None:
         none = np.zeros((0, cfg.fit.size, cfg.fit.size, 3), np.uint8)
-        frames = [video.read_frames(path, t, cfg.fit) for path, t in pairs]
+        frames = [media.read_frames(path, t, cfg.fit) for path, t in pairs]
         return dataclasses.replace(example, frames=np.concatenate([none, *frames]))
     if not pairs:
         raise ValueError(
@@ -224,14 +293,14 @@ def load_example(
 
 
 def _frame_times(
-    item: Item, cfg: DataConfig, rng: np.random.Generator
+    item: Item, cfg: DataConfig, rng: np.random.Generator, media: Decoder
 ) -> tuple[list[np.ndarray], float]:
     """The moments to show of each medium, and the seconds they stand for in all."""
     times, seconds = [], 0.0
     for path in item.media:
-        start, end = _window(item, path)
+        start, end = _window(item, path, media)
         seconds += end - start
-        if video.is_image(path):
+        if is_image(path):
             times.append(np.array([0.5]))
             continue
         if item.frame_times is not None:
@@ -251,9 +320,9 @@ def _fill_clip(
     return np.append(times, np.repeat(times[-1:], -len(times) % cfg.clip_frames))
 
 
-def _window(item: Item, path: str) -> tuple[float, float]:
+def _window(item: Item, path: str, media: Decoder) -> tuple[float, float]:
     """The part of a medium that is asked for, within what there is of it."""
-    duration = _probe(path).duration
+    duration = media.probe(path).duration
     start, end = item.start or 0.0, item.end or duration
     if start >= duration or end > duration + _ROUNDING_SECONDS:
         raise VideoError(
@@ -261,10 +330,6 @@ def _window(item: Item, path: str) -> tuple[float, float]:
             f" {end:g} s; correct video_start and video_end."
         )
     return float(start), float(min(end, duration))
-
-
-# Opening a file takes a millisecond, and many questions are about one video.
-_probe = functools.lru_cache(1 << 16)(video.probe)
 
 
 def _check_fits(item: Item, example: Example, row: RowSize) -> None:
@@ -279,7 +344,7 @@ def _check_fits(item: Item, example: Example, row: RowSize) -> None:
 class _Made(NamedTuple):
     batch: Batch
     samples: tuple[str, ...]
-    problems: tuple[str, ...]
+    problems: tuple[_Problem, ...]
 
 
 def _collate(rows: list[list[_Drawn]], size: RowSize) -> _Made:

@@ -236,6 +236,7 @@ class Loop:
         scalars["lr"] = float(self._plan.schedule(updates - 1))
         now = time.monotonic()
         scalars["steps_per_second"] = len(self._window) / (now - self._since)
+        scalars["samples_replaced"] = self._plan.batches.skipped
         scalars |= self._watch.phases.scalars()
         self._watch.writer.write(self._here, scalars, stage=self._plan.name)
         bar.set_postfix(loss=f"{scalars['loss']:.3f}")
