@@ -1,0 +1,1 @@
+"""Malformed media, hostile manifests and prompts, and what becomes of each."""
