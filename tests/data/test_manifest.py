@@ -8,7 +8,7 @@ import yaml
 
 from timeviper_jax.data import manifest
 from timeviper_jax.data.conversation import Media, Turn
-from timeviper_jax.data.manifest import ManifestError
+from timeviper_jax.data.manifest_rules import ManifestError, ManifestLimits
 
 TALK = [
     {"from": "human", "value": "<image>\nWhat is it?"},
@@ -268,7 +268,7 @@ def test_a_root_that_is_named_may_lie_elsewhere(write, tmp_path_factory):
     ],
 )  # fmt: skip
 def test_limits_are_held(write, items, keys, message):
-    limits = manifest.ManifestLimits(max_media=3, max_turns=4, max_frames=8)
+    limits = ManifestLimits(max_media=3, max_turns=4, max_frames=8)
     keys = {"max_num_frames_fps": 8, **keys}
     with pytest.raises(ManifestError, match=message):
         manifest.load(write(items, **keys), "train", limits=limits)

@@ -24,8 +24,8 @@ from timeviper_jax.data.conversation import TEMPLATES, encode
 from timeviper_jax.data.examples import Batch, Example, RowSize, collate
 from timeviper_jax.data.features import FeatureStore
 from timeviper_jax.data.images import Fit
+from timeviper_jax.data.items import Item
 from timeviper_jax.data.iterator import NamedBatches
-from timeviper_jax.data.manifest import Item
 from timeviper_jax.data.media import MediaLimits, Number, VideoError, is_image
 from timeviper_jax.data.packing import Load, first_fit
 from timeviper_jax.data.quarantine import Quarantine

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from timeviper_jax.data.manifest import GROUNDING_PROMPT, TIME_PROMPT
+from timeviper_jax.data.items import GROUNDING_PROMPT, TIME_PROMPT
 from timeviper_jax.evals.dense import Similarity, score_events
 from timeviper_jax.evals.entries import Entry, letter
 from timeviper_jax.evals.judge import Judge, score_caption

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from timeviper_jax.data.conversation import Media, Turn
-from timeviper_jax.data.manifest import Sampling
+from timeviper_jax.data.items import Sampling
 from timeviper_jax.data.video import probe
 from timeviper_jax.evals import run, runner
 from timeviper_jax.evals.base import Question

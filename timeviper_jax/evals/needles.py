@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from timeviper_jax.data import manifest
-from timeviper_jax.data.manifest import Item
+from timeviper_jax.data.items import Item
 from timeviper_jax.data.needle_questions import KINDS
 from timeviper_jax.evals.base import Question
 from timeviper_jax.evals.spans import parse_span, span_overlap

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from timeviper_jax.data.conversation import Media, Turn
-from timeviper_jax.data.manifest import Sampling
+from timeviper_jax.data.items import Sampling
 from timeviper_jax.data.video import VideoInfo, probe
 from timeviper_jax.evals import captions, choices, grounding, subtitles
 from timeviper_jax.evals.base import Question

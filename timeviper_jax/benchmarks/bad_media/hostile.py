@@ -10,7 +10,8 @@ import numpy as np
 
 from timeviper_jax.data import manifest
 from timeviper_jax.data.conversation import TEMPLATES, Media, Turn, encode
-from timeviper_jax.data.manifest import ManifestError
+from timeviper_jax.data.items import Item
+from timeviper_jax.data.manifest_rules import ManifestError
 from timeviper_jax.data.tokenizer import SPECIALS, Tokenizer
 
 _TALK = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "A cat."}]
@@ -118,7 +119,7 @@ def _try(
     return dict(case=case, outcome="read", ok=_stays(folder, found))
 
 
-def _stays(folder: pathlib.Path, items: list[manifest.Item]) -> bool:
+def _stays(folder: pathlib.Path, items: list[Item]) -> bool:
     """Whether all that the items name lies in the folder."""
     root = os.path.realpath(folder)
     paths = [os.path.realpath(path) for item in items for path in item.media]
