@@ -71,8 +71,8 @@ _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST
 # How a run is watched and where it is computed may change when it resumes; what it
 # computes may not.
 MAY_CHANGE = {
-    *("log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "validation"),
-    *("limits", "mesh", "data.num_threads", "data.workers"),
+    *("log_every", "checkpoint_every", "max_redone", "keep_checkpoints", "keep_best"),
+    *("validation", "limits", "mesh", "data.num_threads", "data.workers"),
 }
 
 

@@ -111,6 +111,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         c.stage_order = ("long",)
     c.log_every = 20
     c.checkpoint_every = 100
+    c.max_redone = 110  # Steps that a kill may cost; as checkpoint_every: strict.
     c.keep_checkpoints = 2
     c.keep_best = 0  # Beside those, as many of the lowest validation loss.
     c.validation = dict(split="heldout", every=0, batches=16)  # Every 0 steps: never.

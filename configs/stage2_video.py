@@ -89,6 +89,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         c.stages.instruct.lr_multipliers = ((r"^llm/transv/", 5.0),)
     c.log_every = 20
     c.checkpoint_every = 500
+    c.max_redone = 550  # Steps that a kill may cost; as checkpoint_every: strict.
     c.keep_checkpoints = 2
     c.keep_best = 0  # Beside those, as many of the lowest validation loss.
     c.validation = dict(split="heldout", every=0, batches=16)  # Every 0 steps: never.

@@ -106,7 +106,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, *, keep: Keep | None = None):
         self.path = pathlib.Path(workdir).absolute() / "checkpoints"
         self._keep = keep
-        self._step = self._find()
+        self._step = self._sealed = self._find()
         self._manager = ocp.CheckpointManager(
             self.path,
             options=ocp.CheckpointManagerOptions(
@@ -135,6 +135,11 @@ class Checkpoints:
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(step))
         return None if step < 0 else step
+
+    @property
+    def sealed(self) -> int:
+        """The step that a kill now would lead back to; 0 without a checkpoint."""
+        return self._sealed or 0
 
     def latest(self) -> RunRecord | None:
         """The record of the newest whole checkpoint, if there was one to begin with."""
@@ -181,12 +186,13 @@ class Checkpoints:
     def _finish(self, step: int) -> None:
         """Waits for the files, seals them, and only then lets older ones go."""
         self._manager.wait_until_finished()
-        if jax.process_index():
-            return
-        checksums.write(self.path / str(step))
-        scores = {int(p.name): _score(p) for p in checksums.steps(self.path)}
-        for other in scores.keys() - self._keep.of(scores):
-            shutil.rmtree(self.path / str(other))
+        if jax.process_index() == 0:
+            checksums.write(self.path / str(step))
+            scores = {int(p.name): _score(p) for p in checksums.steps(self.path)}
+            for other in scores.keys() - self._keep.of(scores):
+                shutil.rmtree(self.path / str(other))
+        # Other hosts are here before it is sealed, but step only with the first.
+        self._sealed = step
 
     def check(self) -> None:
         """Raises `SaveError` if the last save is known to have failed."""

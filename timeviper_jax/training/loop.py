@@ -50,6 +50,14 @@ class Watch:
     phases: Phases
     stop: StopRequest
 
+    def __post_init__(self):
+        every, most = self.config["checkpoint_every"], self.config["max_redone"]
+        if not 0 < every <= most:
+            raise ValueError(
+                f"A checkpoint each {every} steps cannot promise that at most {most}"
+                " are made again; give max_redone at least checkpoint_every."
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -126,6 +134,7 @@ class Loop:
                     return self._state
                 if leaving:
                     self._leave()
+                self._keep_promise()
                 batch = self._take()
                 if batch is not None:
                     self._learn(batch)
@@ -179,6 +188,13 @@ class Loop:
         self._watch.checkpoints.save(
             record, self._state, self._plan.frozen, self._input_state
         )
+
+    def _keep_promise(self) -> None:
+        """Waits for the save under way if a kill might else cost one step too many."""
+        checkpoints, most = self._watch.checkpoints, self._watch.config["max_redone"]
+        if self._here + 1 - checkpoints.sealed > most:
+            with self._watch.phases.within("save"):
+                checkpoints.wait()
 
     def _leave(self) -> None:
         self._watch.checkpoints.close()

@@ -14,6 +14,7 @@ from timeviper_jax import checksums, sharding
 from timeviper_jax.benchmarks.faults.places import stalled_after_a_step
 from timeviper_jax.benchmarks.faults.training import (
     EVERY,
+    STRICT,
     Run,
     Setting,
     ask,
@@ -83,21 +84,22 @@ def fill_disk(setting: Setting, unbroken: Run) -> dict[str, Any]:
         wait_for(lambda: run.last() >= EVERY + 1, process)
         ask(process, signal.SIGTERM)
     before = run.saved()
-    with run.process(max_file_bytes=1 << 16) as process:
+    with run.process(max_redone=STRICT, max_file_bytes=1 << 16) as process:
         status = process.wait()
     told = [x for x in run.log().splitlines() if "could not be written" in x]
-    made = run.last() - (before // EVERY + 1) * EVERY
+    beyond = run.last() - (before // EVERY + 1) * EVERY
     kept = run.saved()
     finished, wrong = run.finish(), differing(run, unbroken)
     return dict(
         status=status,
         told=told[-1:],
-        steps_after_the_save_began=made,
+        steps_after_the_save_began=beyond,
         saved_before=before,
         saved_after=kept,
         ok=status == NOT_WRITTEN
         and bool(told)
         and kept == before
+        and beyond == 0
         and not finished
         and not wrong,
     )

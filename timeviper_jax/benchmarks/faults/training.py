@@ -16,6 +16,8 @@ from typing import Any
 from timeviper_jax import checksums
 
 EVERY = 5  # Steps between checkpoints.
+# Steps that a kill may cost: where each save is waited for, and where steps go on.
+STRICT, AHEAD = EVERY, EVERY + 3
 _WALL_TIME = ("goodput", "steps_per_second", "seconds_")
 _PATIENCE = 600.0  # Seconds that a process may take for anything asked of it here.
 
@@ -46,6 +48,7 @@ class Run:
     def process(
         self,
         *changes: str,
+        max_redone: int = AHEAD,
         cache: bool = True,
         multihost: bool = False,
         environment: dict[str, str] | None = None,
@@ -60,6 +63,7 @@ class Run:
             f"--config.stages.instruct.steps={self.setting.steps}",
             f"--config.data.manifest={self.setting.data}/data.yaml",
             f"--config.checkpoint_every={EVERY}",
+            f"--config.max_redone={max_redone}",
             "--config.validation.split=videos",
             *(f"--config.{change}" for change in changes),
             f"--workdir={self.folder}",
