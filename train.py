@@ -39,9 +39,7 @@ from timeviper_jax.data import (
     shapes,
 )
 from timeviper_jax.data.features import FeatureStore
-from timeviper_jax.data.media import MediaLimits
 from timeviper_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
-from timeviper_jax.data.workers import WorkerConfig
 from timeviper_jax.inference import encode
 from timeviper_jax.layers.lora import LoraConfig, adapted, is_lora, merged
 from timeviper_jax.layers.lora import init as init_lora
@@ -222,31 +220,6 @@ def encode_missing(
             sys.exit(STOPPED)
 
 
-def text_data(
-    c: ml_collections.ConfigDict, stage: StageConfig, cfg: TimeViperConfig
-) -> pipeline.DataConfig:
-    """What the pipeline is to make for a text stage."""
-    task = stage.task
-    return pipeline.DataConfig(
-        manifest=c.data.manifest,
-        root=c.data.root,
-        split=task.split,
-        where=task.where,
-        batch_size=stage.batch_size,
-        num_frames=task.num_frames,
-        text_tokens=task.text_tokens,
-        num_segments=task.num_segments,
-        tokens_per_frame=cfg.tokens_per_frame,
-        fit=cfg.fit,
-        clip_frames=cfg.vision.clip_frames,
-        template=c.data.template,
-        num_threads=c.data.num_threads,
-        max_bad_share=c.data.max_bad_share,
-        media=MediaLimits(**c.data.media),
-        workers=WorkerConfig(**c.data.workers),
-    )
-
-
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
     """Runs every stage of the config, from wherever the last run got to."""
     with contextlib.ExitStack() as stack:
@@ -335,11 +308,12 @@ def run_stages(
                 batch_size=stage.batch_size,
                 per_record=stage.task.per_record,
                 share=stage.task.share,
+                lanes=c.data.lanes,
                 **hosts,
             )
             place = lambda batch: sharding.put(batch, mesh)
         else:
-            data, store = text_data(c, stage, cfg), None
+            data, store = experiment.text_data(config["data"], stage, cfg), None
             held_out = dataclasses.replace(data, split=c.validation.split)
             if stage.task.cached:
                 model = merge(graph, adapt({**frozen, **state.params}))

@@ -68,6 +68,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         tokenizer="data/needles/tokenizer.json",
         template="nano",
         num_threads=2,
+        lanes=1,  # Hosts share them evenly; results follow from it.
         root="",  # What the manifest names lies here, or where it lies itself.
         max_bad_share=0.05,  # Of the samples drawn; more unreadable media end the run.
         media=dict(MEDIA),

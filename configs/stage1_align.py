@@ -43,6 +43,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         tokenizer="data/nano/tokenizer.json",
         template="nano",
         num_threads=16,
+        lanes=16,  # Hosts share them evenly; results follow from it.
         root="",  # What the manifest names lies here, or where it lies itself.
         max_bad_share=0.05,  # Of the samples drawn; more unreadable media end the run.
         media=dict(MEDIA),
@@ -90,7 +91,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if arg.smoke:
         c.model.update(preset="tiny", dtype="float32", rolled=False, remat=False)
         c.data.update(manifest="data/shapes/data.yaml", make="shapes", num_threads=2)
-        c.data.update(tokenizer="bytes")
+        c.data.update(tokenizer="bytes", lanes=1)
         c.stages.align.update(steps=4, batch_size=2)
         c.stages.align.task.update(split="images", text_tokens=120, answer_tokens=24)
         c.log_every = 1

@@ -1,5 +1,6 @@
 """Batches depend on the seed and their number, on nothing else."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from tests.data.conftest import read
-from timeviper_jax.data import workers
+from timeviper_jax.data import lanes, workers
 from timeviper_jax.data.examples import Batch, Role
 from timeviper_jax.data.features import FeatureStore
 from timeviper_jax.data.images import Fit
@@ -208,23 +209,43 @@ def test_orbax_saves_and_restores_the_iterator(packed, tmp_path):
     assert_same(take(restored, 2), take(batches, 2))
 
 
-def test_hosts_share_the_batches_of_one(dozen):
-    whole = take(make_batches(config(dozen), TOKENIZER, seed=2), 4)
-    hosts = [
-        take(
-            make_batches(
-                config(dozen), TOKENIZER, seed=2, process_index=i, process_count=2
-            ),
-            4,
-        )
-        for i in range(2)
-    ]
-    for step, batch in enumerate(whole):
-        parts = [numbers(host[step]) for host in hosts]
-        assert all(len(part) == 2 for part in parts)
-        assert sorted(sum(parts, [])) == sorted(numbers(batch))
-    seen = [{n for batch in host[:3] for n in numbers(batch)} for host in hosts]
-    assert not seen[0] & seen[1] and seen[0] | seen[1] == set(range(12))
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_run_goes_on_alike_on_any_number_of_hosts(dozen, packed, is_packed):
+    """Four lanes, on one host throughout, and on 2, 1 and 4 hosts in turn."""
+    cfg = packed_config(packed, lanes=4) if is_packed else config(dozen, lanes=4)
+    begin = functools.partial(make_batches, cfg, TOKENIZER, seed=2)
+    want, states = _rows(begin(), 6), []
+    for count in (2, 1, 4):
+        hosts = [begin(process_index=i, process_count=count) for i in range(count)]
+        for index, host in enumerate(hosts):
+            if states:
+                host.set_state(lanes.dealt(states, index, count))
+        parts = [_rows(host, 2) for host in hosts]
+        got = [sum(step, ()) for step in zip(*parts, strict=True)]
+        assert got == want[:2]
+        want = want[2:]
+        states = [json.loads(json.dumps(host.get_state())) for host in hosts]
+
+
+def _rows(batches, count):
+    """The ids of each batch's samples, in the order of its rows."""
+    return [(next(batches), batches.samples)[1] for _ in range(count)]
+
+
+def test_of_other_hosts_the_first_takes_over_the_counts():
+    states = [dict(parent={str(i): {"next_row": i}}, skipped=i + 1) for i in range(2)]
+    both = {"0": {"next_row": 0}, "1": {"next_row": 1}}
+    assert lanes.dealt(states, 1, 2) == dict(parent=both, skipped=2)
+    assert lanes.dealt(states, 0, 1) == dict(parent=both, skipped=3)
+    assert lanes.dealt(states, 0, 4) == dict(parent=both, skipped=3)
+    assert lanes.dealt(states, 3, 4) == dict(parent=both, skipped=0)
+
+
+def test_lanes_must_be_those_of_before(dozen):
+    state = make_batches(config(dozen), TOKENIZER, seed=0).get_state()
+    more = make_batches(config(dozen, lanes=2), TOKENIZER, seed=0)
+    with pytest.raises(ValueError, match=r"saved in lanes \['0'\], without \['1'\]"):
+        more.set_state(state)
 
 
 def test_a_batch_knows_its_samples(packed):
@@ -234,9 +255,11 @@ def test_a_batch_knows_its_samples(packed):
         assert list(samples) == [str(number) for number in used]
 
 
-def test_hosts_must_divide_the_batch(dozen):
-    with pytest.raises(ValueError, match="batch_size=4 does not divide among 3 hosts"):
-        make_batches(config(dozen), TOKENIZER, seed=0, process_count=3)
+def test_lanes_must_divide_the_batch_and_hosts_the_lanes(dozen):
+    with pytest.raises(ValueError, match="batch_size=4 does not divide among 3 lanes"):
+        make_batches(config(dozen, lanes=3), TOKENIZER, seed=0)
+    with pytest.raises(ValueError, match="lanes=2 do not divide among 4 hosts"):
+        make_batches(config(dozen, lanes=2), TOKENIZER, seed=0, process_count=4)
 
 
 def test_bad_and_long_samples_are_replaced_and_counted(write):

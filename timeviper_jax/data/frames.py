@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float64, Int, UInt8
 from timeviper_jax.data.features import second_times
 from timeviper_jax.data.images import Fit, as_fit
 from timeviper_jax.data.iterator import NamedBatches
+from timeviper_jax.data.lanes import Lanes
+from timeviper_jax.data.lanes import share as share_lanes
 from timeviper_jax.data.video import iter_frames, probe, read_frames
 
 Record = dict[str, Any]
@@ -35,6 +37,7 @@ def make_frame_batches(
     per_record: int,
     share: float,
     seed: int,
+    lanes: int = 1,
     process_index: int = 0,
     process_count: int = 1,
 ) -> NamedBatches[FrameBatch]:
@@ -49,21 +52,26 @@ def make_frame_batches(
       per_record: Frames that are drawn from a record each time it is read.
       share: Of the frames of a record with both, those that show something.
       seed: Decides the order and the draws.
+      lanes: What hosts can share, evenly (`timeviper_jax.data.lanes`).
       process_index: This host's number.
       process_count: How many hosts share the batches.
     """
-    records_per_host, over = divmod(batch_size, per_record * process_count)
+    each, over = divmod(batch_size, per_record * lanes)
     if over:
         raise ValueError(
-            f"batch_size={batch_size} does not divide among {process_count} hosts with"
+            f"batch_size={batch_size} does not divide among {lanes} lanes with"
             f" {per_record} frames a record; use a multiple."
         )
+    mine, _ = share_lanes(
+        lanes, batch_size, process_index=process_index, process_count=process_count
+    )
     draws = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
     draws = draws.random_map(lambda record, rng: _draw(record, per_record, share, rng))
-    draws = draws[process_index::process_count]
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)
-    batches = draws.to_iter_dataset(options).batch(records_per_host, batch_fn=_join)
-    return NamedBatches(iter(batches))
+    options = grain.ReadOptions(
+        num_threads=-(-2 // len(mine)), prefetch_buffer_size=-(-32 // len(mine))
+    )
+    streams = {n: draws[n::lanes].to_iter_dataset(options) for n in mine}
+    return NamedBatches(iter(Lanes(streams, each).map(_join)))
 
 
 class _Drawn(NamedTuple):

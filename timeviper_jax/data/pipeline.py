@@ -1,17 +1,17 @@
 """From a manifest to batches without end: shuffle, decode, tokenise, pack, batch.
 
 A batch depends on the seed and its number alone: not on threads, nor on how many hosts
-share the work, nor on where a run was stopped. Each draw has a position in one global
-order; what is random about it is seeded by that position, and a sample that cannot be
-used (a damaged file, too many tokens) is replaced by another that the position names.
-On which files workers died is remembered, and saved with the state: such a death may
-not happen twice.
+share the work (its lanes), nor on where a run was stopped. Each draw has a position in
+one global order; what is random about it is seeded by that position, and a sample that
+cannot be used (a damaged file, too many tokens) is replaced by another that the
+position names. On which files workers died is remembered, and saved with the state:
+such a death may not happen twice.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float64
 
-from timeviper_jax.data import manifest
+from timeviper_jax.data import lanes, manifest
 from timeviper_jax.data.conversation import TEMPLATES, encode
 from timeviper_jax.data.examples import Batch, Example, RowSize, collate
 from timeviper_jax.data.features import FeatureStore
@@ -56,7 +56,8 @@ class DataConfig:
     pack_window: int = 32  # Examples that are packed together.
     template: str = "nano"  # Or chatml.
     supervise_header: bool = False
-    num_threads: int = 4
+    lanes: int = 1  # What hosts can share, evenly; each packs its own rows.
+    num_threads: int = 4  # Of a host, at least one a lane; so are the next two.
     prefetch_examples: int = 16
     prefetch_batches: int = 2
     max_tries: int = 10  # For one draw, before the data are declared unusable.
@@ -93,35 +94,42 @@ def make_batches(
     features: FeatureStore | None = None,
 ) -> "Batches":
     """This host's rows of every batch, forever; with `features` nothing is decoded."""
-    if cfg.batch_size % process_count:
-        raise ValueError(
-            f"batch_size={cfg.batch_size} does not divide among {process_count} hosts;"
-            " use a multiple."
-        )
+    mine, rows = lanes.share(
+        *(cfg.lanes, cfg.batch_size),
+        process_index=process_index,
+        process_count=process_count,
+    )
     items = manifest.select(
         manifest.load(cfg.manifest, cfg.split, root=cfg.root), cfg.where
     )
-    quarantine = Quarantine(at_once=cfg.prefetch_examples * process_count)
-    make = _ExampleMaker(cfg, tokenizer, items, seed, features, quarantine)
     order_seed = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])
     draws = grain.MapDataset.range(len(items)).shuffle(seed=order_seed).repeat()
-    # Positions are given out before the hosts part, so they are the global ones.
-    draws = draws.map_with_index(_Draw)[process_index::process_count].map(make)
-    examples = draws.to_iter_dataset(
-        grain.ReadOptions(
-            num_threads=cfg.num_threads, prefetch_buffer_size=cfg.prefetch_examples
-        )
+    # Positions are given out before the lanes part, so they are the global ones.
+    draws = draws.map_with_index(_Draw)
+    options = grain.ReadOptions(
+        num_threads=-(-cfg.num_threads // len(mine)),
+        prefetch_buffer_size=-(-cfg.prefetch_examples // len(mine)),
     )
     # Alone in its row, an example need not wait for others.
     window = cfg.pack_window if cfg.num_segments > 1 else 1
-    rows = _Packed(examples, cfg.row, window)
-    batches = rows.batch(cfg.batch_size // process_count, batch_fn=list).map(
+
+    # A lane of its own: how far apart lanes are depends on how their rows fill.
+    at_once = options.prefetch_buffer_size * cfg.lanes
+    quarantines = {number: Quarantine(at_once=at_once) for number in mine}
+
+    def lane(number: int) -> grain.IterDataset:
+        quarantine = quarantines[number]
+        make = _ExampleMaker(cfg, tokenizer, items, seed, features, quarantine)
+        examples = draws[number :: cfg.lanes].map(make).to_iter_dataset(options)
+        return _Packed(examples, cfg.row, window)
+
+    batches = lanes.Lanes({number: lane(number) for number in mine}, rows).map(
         functools.partial(_collate, size=cfg.row)
     )
     ahead = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=cfg.prefetch_batches
     )
-    return Batches(iter(ahead), quarantine, cfg.max_bad_share)
+    return Batches(iter(ahead), quarantines, cfg.max_bad_share)
 
 
 class TooManyBad(RuntimeError):
@@ -137,11 +145,11 @@ class Batches(NamedBatches[Batch]):
     def __init__(
         self,
         parent: grain.DatasetIterator,
-        quarantine: Quarantine,
+        quarantines: Mapping[int, Quarantine],
         max_bad_share: Number,
     ):
         super().__init__(parent)
-        self._quarantine, self._max_bad_share = quarantine, max_bad_share
+        self._quarantines, self._max_bad_share = quarantines, max_bad_share
         self.drawn = self.bad = 0
 
     def __next__(self) -> Batch:
@@ -166,11 +174,13 @@ class Batches(NamedBatches[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in _COUNTS}
-        return {**super().get_state(), **counts, "deaths": self._quarantine.deaths()}
+        deaths = {str(lane): q.deaths() for lane, q in self._quarantines.items()}
+        return {**super().get_state(), **counts, "deaths": deaths}
 
     def set_state(self, state: dict[str, Any]) -> None:
         # First of all: what is read ahead from here on is to know of it.
-        self._quarantine.restore(state["deaths"])
+        for lane, quarantine in self._quarantines.items():
+            quarantine.restore(state["deaths"].get(str(lane), ()))
         super().set_state(state)
         for name in _COUNTS:
             setattr(self, name, state[name])

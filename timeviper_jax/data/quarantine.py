@@ -19,14 +19,14 @@ _UNDER_WAY = 1 << 12
 class Quarantine:
     """Deaths by file, each as the draw's position and attempt; for any threads.
 
-    `at_once` draws may be under way together, over all hosts.
+    The draws that are under way together are not more than `at_once` positions apart.
     """
 
     def __init__(self, *, at_once: int):
         if at_once > _UNDER_WAY:
             raise ValueError(
-                f"{at_once} examples are prefetched by all hosts together, more than"
-                f" {_UNDER_WAY}; lower prefetch_examples."
+                f"Examples are prefetched over {at_once} draws, more than"
+                f" {_UNDER_WAY}; lower prefetch_examples or lanes."
             )
         self._lock = threading.Lock()
         self._deaths: dict[str, set[tuple[int, int]]] = {}

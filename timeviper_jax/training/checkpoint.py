@@ -3,7 +3,7 @@
 One checkpoint of a run's directory holds, under `checkpoints/STEP/`:
   params           every parameter of the model by path, whether it moves or not
   optimizer        the optimizer's state, the guard's and the step within the stage
-  input            each host's input iterator
+  input            each host's input iterator, by lanes (`data.lanes`)
   run              stage, whole config, versions and seconds so far, as JSON
   manifest.sha256  what the files are, written last of all (`checksums`)
 Randomness needs no place of its own: initial values follow from the config's seed, and
@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from timeviper_jax import checksums, sharding
+from timeviper_jax.data import lanes
 from timeviper_jax.layers import lora
 from timeviper_jax.timeviper import TimeViper
 from timeviper_jax.training.experiment import (
@@ -240,12 +241,18 @@ class Checkpoints:
         `state` already has the checkpoint's parameters.
         """
         here = jax.tree.map(_abstract, _beside_params(state))
-        args = ocp.args.Composite(
-            optimizer=ocp.args.StandardRestore(here),
-            input=grain.checkpoint.CheckpointRestore(batches),
-        )
+        args = ocp.args.Composite(optimizer=ocp.args.StandardRestore(here))
         restored = self._manager.restore(self._step, args=args)
+        batches.set_state(self._input_state())
+        batches.start_prefetch()
         return state._replace(**restored.optimizer)
+
+    def _input_state(self) -> dict[str, Any]:
+        """What this host's input goes on with, whichever hosts saved it."""
+        folder, count = self.path / str(self._step) / "input", jax.process_count()
+        saved = sorted(folder.glob("process_*-of-*.json"), key=_process)
+        states = [json.loads(path.read_bytes()) for path in saved]
+        return lanes.dealt(states, jax.process_index(), count)
 
     def close(self) -> None:
         """Waits for what is still being written."""
@@ -272,6 +279,10 @@ def _copy(tree: Any) -> Any:
 
 def _beside_params(state: TrainState) -> dict[str, Any]:
     return dict(opt_state=state.opt_state, step=state.step, guard=state.guard)
+
+
+def _process(path: pathlib.Path) -> int:
+    return int(path.name.split("-")[0].removeprefix("process_"))
 
 
 def _score(folder: pathlib.Path) -> float | None:

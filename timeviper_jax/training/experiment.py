@@ -14,7 +14,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from timeviper_jax import presets, sharding
+from timeviper_jax.data import pipeline
+from timeviper_jax.data.media import MediaLimits
 from timeviper_jax.data.tokenizer import Tokenizer
+from timeviper_jax.data.workers import WorkerConfig
 from timeviper_jax.layers.lora import LoraConfig, is_lora
 from timeviper_jax.llm.transv import Stage as TransVStage
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
@@ -152,6 +155,32 @@ def model_config(
             cfg.llm, rolled=rolled, remat=remat, remat_keeps=remat_keeps, **dtypes
         ),
         **changes,
+    )
+
+
+def text_data(
+    data: Mapping[str, Any], stage: StageConfig, cfg: TimeViperConfig
+) -> pipeline.DataConfig:
+    """What the pipeline is to make for a text stage; `data` is the config's."""
+    task = stage.task
+    return pipeline.DataConfig(
+        manifest=data["manifest"],
+        root=data["root"],
+        split=task.split,
+        where=task.where,
+        batch_size=stage.batch_size,
+        num_frames=task.num_frames,
+        text_tokens=task.text_tokens,
+        num_segments=task.num_segments,
+        tokens_per_frame=cfg.tokens_per_frame,
+        fit=cfg.fit,
+        clip_frames=cfg.vision.clip_frames,
+        template=data["template"],
+        lanes=data["lanes"],
+        num_threads=data["num_threads"],
+        max_bad_share=data["max_bad_share"],
+        media=MediaLimits(**data["media"]),
+        workers=WorkerConfig(**data["workers"]),
     )
 
 
