@@ -40,14 +40,16 @@ def faults(
         "kills": part(kills.kill_often, setting, unbroken, **counts),
         "signals": part(places.ask_everywhere, setting, unbroken),
         "second_signal": part(places.ask_twice, setting),
-        "two_processes": part(places.ask_one_of_two, setting),
+        "two_processes": part(places.ask_one_of_two, setting, unbroken),
         "files": part(
             damage.damage_files, setting, unbroken, times=50 if short else 1000
         ),
         "full_disk": part(damage.fill_disk, setting, unbroken),
         "hang": part(damage.hang, setting, limit=5.0 if short else 20.0),
         "nan": part(devices.inject, "nan", setting, unbroken),
-        "meshes": part(devices.inject, "meshes", setting, unbroken, devices=8),
+        "meshes": part(
+            devices.inject, "meshes", setting, unbroken, devices=2 if short else 8
+        ),
         "cost": part(devices.inject, "cost", setting, unbroken, steps=100),
     }
     if short:

@@ -3,7 +3,6 @@
 import pathlib
 import random
 import shutil
-import signal
 import time
 from typing import Any
 
@@ -17,7 +16,6 @@ from timeviper_jax.benchmarks.faults.training import (
     STRICT,
     Run,
     Setting,
-    ask,
     differing,
     wait_for,
 )
@@ -80,20 +78,21 @@ def _broken(whole: bytes, rng: random.Random) -> bytes:
 def fill_disk(setting: Setting, unbroken: Run) -> dict[str, Any]:
     """No file may grow beyond what metrics take: the next checkpoint fails."""
     run = setting.run("full")
-    with run.process() as process:
-        wait_for(lambda: run.last() >= EVERY + 1, process)
-        ask(process, signal.SIGTERM)
+    # Where each save is waited for, no step is made beyond one that fails.
+    with run.process(max_redone=STRICT) as process:
+        wait_for(lambda: run.last() > EVERY, process)
+        process.kill()
     before = run.saved()
     with run.process(max_redone=STRICT, max_file_bytes=1 << 16) as process:
         status = process.wait()
     told = [x for x in run.log().splitlines() if "could not be written" in x]
-    beyond = run.last() - (before // EVERY + 1) * EVERY
+    beyond = run.last() - (before + EVERY)
     kept = run.saved()
     finished, wrong = run.finish(), differing(run, unbroken)
     return dict(
         status=status,
         told=told[-1:],
-        steps_after_the_save_began=beyond,
+        steps_after_the_save=beyond,
         saved_before=before,
         saved_after=kept,
         ok=status == NOT_WRITTEN

@@ -91,11 +91,14 @@ def _kill(
     begun = run.last()
     with run.process(max_redone=most) as process:
         after = begun + rng.randint(1, 2 * EVERY)
-        moment = lambda: run.last() >= after and (run.saving() or not within_save)
-        if not wait_for(moment, process):
+        come = wait_for(lambda: run.last() >= after, process)
+        if not within_save:
+            time.sleep(rng.random() * 0.5)
+        if not come or not wait_for(lambda: run.saving() == within_save, process):
             status = process.wait()
             return None if status == 0 else _told(run, status, most, saving=False)
-        time.sleep(rng.random() * (0.05 if within_save else 0.5))
+        if within_save:
+            time.sleep(rng.random() * 0.05)
         process.kill()
         status = process.wait()
     return _told(run, status, most, saving=run.saving())

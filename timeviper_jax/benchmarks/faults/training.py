@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -62,6 +61,7 @@ class Run:
             "--config=configs/stage2_video.py:smoke",
             f"--config.stages.instruct.steps={self.setting.steps}",
             f"--config.data.manifest={self.setting.data}/data.yaml",
+            "--config.data.lanes=2",
             f"--config.checkpoint_every={EVERY}",
             f"--config.max_redone={max_redone}",
             "--config.validation.split=videos",
@@ -70,19 +70,18 @@ class Run:
         ]
         if multihost:
             command.append("--multihost")
+        if max_file_bytes:  # The shell counts in blocks of 512.
+            limited = f'ulimit -S -f {max_file_bytes // 512} && exec "$@"'
+            command = ["sh", "-c", limited, "sh", *command]
         if cache:
             command.append(f"--compilation_cache={work}/compiled")
         flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-        limit = lambda: resource.setrlimit(
-            resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY)
-        )
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / log).open("w") as file:
             process = subprocess.Popen(
                 command,
                 stdout=file,
                 stderr=file,
-                preexec_fn=limit if max_file_bytes else None,
                 env=os.environ
                 | {
                     "XLA_FLAGS": flags,
@@ -152,12 +151,16 @@ def wait_for(
 
 
 def ask(process: subprocess.Popen, *signals: signal.Signals) -> tuple[int, float]:
-    """Sends signals, half a second apart; the exit status and the seconds to it."""
+    """Sends signals, half a second apart; the exit status and the seconds to it.
+
+    As a shell has it, the status of a process that a signal ended is 128 + its number.
+    """
     for number, each in enumerate(signals):
         time.sleep(0.5 * bool(number))
         process.send_signal(each)
     began = time.monotonic()
-    return process.wait(_PATIENCE), time.monotonic() - began
+    status = process.wait(_PATIENCE)
+    return 128 - status if status < 0 else status, time.monotonic() - began
 
 
 def differing(run: Run, unbroken: Run) -> list[int]:
