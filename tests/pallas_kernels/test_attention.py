@@ -173,6 +173,37 @@ def test_a_cache_is_read_only_as_far_as_it_is_filled():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_layer_of_stacked_caches_is_read_where_it_lies(implementation):
+    q, k, v = (jnp.asarray(z, jnp.float32) for z in _inputs())
+    options = {"causal": True, "q_offset": 3, "kv_length": 8}
+    options["implementation"] = implementation
+
+    def stacked(z, fill):
+        whole = jnp.full((3, *jnp.swapaxes(z, 1, 2).shape), fill)
+        return whole.at[1].set(jnp.swapaxes(z, 1, 2))
+
+    # Another layer's keys could be anything.
+    got = _attention(
+        q, stacked(k, jnp.nan), stacked(v, jnp.nan), layer=jnp.array(1), **options
+    )
+    np.testing.assert_allclose(got, _attention(q, k, v, **options), atol=1e-6)
+    total = lambda layer: lambda *z: _attention(*z, layer=layer, **options).sum()
+    own = jax.grad(total(None), argnums=(0, 1, 2))(q, k, v)
+    whole = jax.grad(total(1), argnums=(0, 1, 2))(q, stacked(k, 0.0), stacked(v, 0.0))
+    np.testing.assert_allclose(whole[0], own[0], atol=1e-6)
+    for given, want in zip(whole[1:], own[1:], strict=True):
+        np.testing.assert_allclose(given, stacked(want, 0.0), atol=1e-6)
+
+
+def test_a_stack_of_caches_goes_with_the_layer_that_is_read():
+    q, k, v = (jnp.asarray(z, jnp.float32) for z in _inputs())
+    with pytest.raises(ValueError, match="layer=1 goes with stacked caches"):
+        attention(q, k, v, causal=True, layer=1)
+    with pytest.raises(ValueError, match=r"layer=None goes with stacked caches"):
+        attention(q, k[None], v[None], causal=True)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_rounds_inputs_weights_and_outputs(implementation):
     q, k, v = (jnp.asarray(z, jnp.bfloat16) for z in _inputs())
     exact = [np.asarray(z).astype(np.float64) for z in (q, k, v)]

@@ -144,8 +144,8 @@ def _grown(cache: Cache, capacity: int) -> Cache:
     return dataclasses.replace(
         cache,
         attention=KVCache(
-            k=_longer(attention.k, axis=2, length=capacity),
-            v=_longer(attention.v, axis=2, length=capacity),
+            k=_longer(attention.k, axis=3, length=capacity),
+            v=_longer(attention.v, axis=3, length=capacity),
         ),
         slots=dataclasses.replace(
             slots, valid=_longer(slots.valid, axis=1, length=capacity)

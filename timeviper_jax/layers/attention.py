@@ -124,10 +124,13 @@ class Attention(nnx.Module):
         layout: Layout,
         cache: KVCache | None = None,
         slots: Slots | None = None,
+        index: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attends to the tokens before, in this call and in the cache.
 
-        `slots` are those of the cache before this call.
+        The cache is that of a whole stack of layers, of which this one is `index`:
+        it is written and read where it lies, because a layer's part is too large to
+        be copied for each token. `slots` are those of the cache before this call.
         """
         counts = layout.counts()
         if cache is None:
@@ -148,7 +151,8 @@ class Attention(nnx.Module):
         before = slots.lengths if layout.before is None else layout.before
         q, k, v = self.project(x, before[:, None] + counts)
         cache = KVCache(
-            k=_write(cache.k, k, slots.used), v=_write(cache.v, v, slots.used)
+            k=_write(cache.k, k, index, slots.used),
+            v=_write(cache.v, v, index, slots.used),
         )
         after = slots.write(layout.valid)
         y = attention(
@@ -156,6 +160,7 @@ class Attention(nnx.Module):
             cache.k,
             cache.v,
             causal=True,
+            layer=index,
             kv_mask=after.valid,
             q_offset=slots.used,
             kv_length=after.used,
@@ -164,9 +169,10 @@ class Attention(nnx.Module):
 
 
 def _write(
-    slots: Float[Array, "B C K H"], new: Float[Array, "B T K H"], at: Int[Array, ""]
-) -> Float[Array, "B C K H"]:
-    zero = jnp.zeros_like(at)
-    return jax.lax.dynamic_update_slice(
-        slots, new.astype(slots.dtype), (zero, at, zero, zero)
-    )
+    slots: Float[Array, "A B K C H"],
+    new: Float[Array, "B T K H"],
+    index: Int[Array, ""] | int,
+    at: Int[Array, ""],
+) -> Float[Array, "A B K C H"]:
+    new = jnp.swapaxes(new, 1, 2)[None].astype(slots.dtype)
+    return jax.lax.dynamic_update_slice(slots, new, (index, 0, 0, at, 0))

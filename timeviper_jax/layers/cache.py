@@ -25,10 +25,14 @@ class MambaCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of past tokens, one slot each."""
+    """Keys and values of past tokens, one slot each; a head's lie side by side.
 
-    k: Float[Array, "*A B C K H"]
-    v: Float[Array, "*A B C K H"]
+    That is how matrix products and splash attention read them: in the order in which
+    tokens bring them, a compiler copies whole caches to turn them.
+    """
+
+    k: Float[Array, "A B K C H"]
+    v: Float[Array, "A B K C H"]
 
 
 @jax.tree_util.register_dataclass

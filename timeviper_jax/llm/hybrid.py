@@ -440,13 +440,15 @@ class HybridLM(nnx.Module):
                 kind, self.block(kind, index), x, layout
             )
             return checkpointed(mix)(x, layout), cache
-        own = getattr(cache, kind)
-        here = jax.tree.map(lambda z: z[cache_index], own)
-        slots = (cache.slots,) if kind == "attention" else ()
-        mix = lambda *args: self.block(kind, index)(*args)
-        mixed, here = checkpointed(mix)(x, layout, here, *slots)
-        own = jax.tree.map(lambda z, new: z.at[cache_index].set(new), own, here)
-        return mixed, dataclasses.replace(cache, **{kind: own})
+        mix = checkpointed(lambda *args: self.block(kind, index)(*args))
+        if kind == "attention":
+            own = cache.attention, cache.slots, cache_index
+            mixed, own = mix(x, layout, *own)
+            return mixed, dataclasses.replace(cache, attention=own)
+        here = jax.tree.map(lambda z: z[cache_index], cache.mamba)
+        mixed, here = mix(x, layout, here)
+        own = jax.tree.map(lambda z, new: z.at[cache_index].set(new), cache.mamba, here)
+        return mixed, dataclasses.replace(cache, mamba=own)
 
     def _mixer(self, kind: str, graph: nnx.GraphDef) -> rolled.Mixer:
         """One block of a kind as a function of its parameters."""
@@ -597,7 +599,7 @@ class HybridLM(nnx.Module):
         window = lambda dim: jnp.zeros(  # noqa: E731
             (m, batch, cfg.conv_kernel - 1, dim), cfg.dtype
         )
-        slots = (a, batch, capacity, cfg.num_kv_heads, cfg.head_dim)
+        slots = (a, batch, cfg.num_kv_heads, capacity, cfg.head_dim)
         state = (m, batch, cfg.ssm_heads, cfg.ssm_head_dim, cfg.ssm_state)
         return Cache(
             mamba=MambaCache(
