@@ -16,6 +16,7 @@ from timeviper_jax.analysis.intermediates import (
     layer_map,
     walk,
 )
+from timeviper_jax.analysis.regions import region_means, region_sums
 from timeviper_jax.llm.transv import Stage
 
 LM = dataclasses.replace(tiny.LM, log_base=8.0)
@@ -62,7 +63,7 @@ def dense(entering):
         ),
         "attention": (
             dense_attention(q, k),
-            maps.attention_map(jnp.asarray(q), jnp.asarray(k), tile=TILE),
+            maps.AttentionMap(q=jnp.asarray(q), k=jnp.asarray(k)),
         ),
     }
 
@@ -114,14 +115,12 @@ def test_regions_are_sums_and_means_of_the_dense_map(dense, kind):
     columns = np.eye(3)[column_ids]
     sums = np.einsum("NRC,RY,CX->NYX", expected, rows, columns)
     args = found, row_ids, column_ids
-    np.testing.assert_allclose(maps.region_sums(*args, tile=TILE), sums, **CLOSE)
+    np.testing.assert_allclose(region_sums(*args, tile=TILE), sums, **CLOSE)
     counts = np.outer(rows.sum(0), columns.sum(0))
-    np.testing.assert_allclose(
-        maps.region_means(*args, tile=TILE), sums / counts, **CLOSE
-    )
+    np.testing.assert_allclose(region_means(*args, tile=TILE), sums / counts, **CLOSE)
     sums = np.einsum("NRC,RY,CX->NYX", np.abs(expected), rows, columns)
     np.testing.assert_allclose(
-        maps.region_sums(*args, absolute=True, tile=TILE), sums, **CLOSE
+        region_sums(*args, absolute=True, tile=TILE), sums, **CLOSE
     )
 
 

@@ -7,7 +7,8 @@ python -m timeviper_jax.analysis holiday.mp4 --workdir runs/demo/transv \
 regions of the prompt, which frames the last tokens of the question and of the answer
 read, layer by layer, and what TransV keeps; `--picture` adds pictures made elsewhere
 (the curves of `timeviper_jax.analysis.flow`, a needle map). The page needs no other
-file. `DIR/maps.npz` holds its numbers. Peak memory and seconds are printed.
+file. `DIR/maps.npz` holds its numbers. Seconds, on the clock and of all
+processors, and peak memory are printed.
 """
 
 import argparse
@@ -124,11 +125,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         look(args)
     except (FileNotFoundError, ValueError, VideoError) as error:
         sys.exit(f"error: {error}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds, used = (
+        time.perf_counter() - start,
+        resource.getrusage(resource.RUSAGE_SELF),
+    )
     print(
         f"Written: {args.out}/index.html, maps.npz"
-        f" ({time.perf_counter() - start:.1f} s, peak {peak:.0f} MiB,"
-        f" {jax.default_backend()})"
+        f" ({seconds:.1f} s, {used.ru_utime + used.ru_stime:.1f} s of processor time,"
+        f" peak {used.ru_maxrss / 1024:.0f} MiB, {jax.default_backend()})"
     )
 
 

@@ -19,7 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from timeviper_jax.analysis.maps import Map, attention_map, state_map
+from timeviper_jax.analysis.maps import AttentionMap, Map, state_map
 from timeviper_jax.data.examples import Role
 from timeviper_jax.layers.attention import Attention
 from timeviper_jax.layers.layout import Layout
@@ -84,7 +84,7 @@ def layer_map(
     inputs = layer_inputs(llm, layer, stream)
     length = int(np.count_nonzero(stream.segment_ids[row]))
     if isinstance(inputs, AttentionInputs):
-        return attention_map(inputs.q[row, :length], inputs.k[row, :length])
+        return AttentionMap(q=inputs.q[row, :length], k=inputs.k[row, :length])
     dt, b, c = (part[row, :length] for part in (inputs.dt, inputs.b, inputs.c))
     return state_map(b, c, dt, inputs.a, with_dt=with_dt)
 

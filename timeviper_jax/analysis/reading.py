@@ -15,6 +15,7 @@ from timeviper_jax.analysis.intermediates import (
     layer_map,
     walk,
 )
+from timeviper_jax.analysis.regions import region_sums
 from timeviper_jax.data.examples import Batch, Example, Role, RowSize, collate
 from timeviper_jax.llm.stream import Stream
 from timeviper_jax.timeviper import TimeViper
@@ -135,7 +136,7 @@ def _mean_rows(
     map_: maps.Map, ids: Int[np.ndarray, "T"], names: int, *, absolute: bool = False
 ) -> Float[np.ndarray, "Y Y"]:
     """What the mean token of each region takes of each region, mean over heads."""
-    found = maps.region_sums(map_, ids, ids, absolute=absolute).mean(axis=0)
+    found = region_sums(map_, ids, ids, absolute=absolute).mean(axis=0)
     sums = np.zeros((names, names))
     sums[: found.shape[0], : found.shape[1]] = found
     counts = np.bincount(ids[ids >= 0], minlength=names)
