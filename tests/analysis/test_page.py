@@ -147,6 +147,20 @@ def test_a_browser_has_nothing_to_complain_about(written, tmp_path):
     assert np.asarray(Image.open(tmp_path / "page.png").convert("L")).std() > 1
 
 
+def test_the_strongest_frame_of_a_long_video_is_in_the_picture():
+    rows = np.full((2, 10_240), 1e-3)
+    rows[0, 7_777], rows[1, 0] = 0.5, -0.5
+    figure = plots.frame_rows(rows, ["a", "b"], {}, "", np.arange(10_240) + 0.5)
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.shape[1] < 1_000
+    np.testing.assert_allclose(shown.max(axis=1), 1)
+    assert shown[0].argmax() == 7_777 * shown.shape[1] // 10_240
+    (right,) = figure.axes[0].child_axes
+    labels = [label.get_text() for label in right.get_yticklabels()]
+    assert labels == ["7778 s", "0 s"]
+    plots.plt.close(figure)
+
+
 def test_an_empty_question_is_an_error(tmp_path):
     command = ["v.mp4", "--workdir=run", "--ask= ", f"--out={tmp_path}"]
     with pytest.raises(SystemExit, match="empty"):

@@ -21,6 +21,7 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 64rem; margin: 2rem aut
   padding: 0 1rem; color: #1b1b1b; background: #fff }
 h2 { font-size: 1.1rem; border-top: 1px solid #ccc; padding-top: 1rem }
 img { max-width: 100% } figure { margin: 0 0 1rem }
+.pair { display: flex; flex-wrap: wrap; gap: 0 1rem }
 figcaption { color: #555 } dt { color: #555 } dd { margin: 0 0 .5rem }
 """
 _MAPS = (
@@ -76,11 +77,11 @@ def _sections(
     listed = "".join(
         f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items()
     )
-    yield f"<dl>{listed}</dl>\n<h2>By layer</h2>\n"
+    yield f'<dl>{listed}</dl>\n<h2>By layer</h2>\n<div class="pair">\n'
     for name in ("instruction", "answer"):
         if name in reading.regions.names:
             yield _figure(_shares(about, reading, name))
-    yield "<h2>Frames that the last tokens read</h2>\n"
+    yield "</div>\n<h2>Frames that the last tokens read</h2>\n"
     for number, name in enumerate(reading.reader_names):
         yield _figure(_reader(about, reading, number, name))
     if reading.kept:
@@ -91,12 +92,13 @@ def _sections(
                 [*reading.kept],
                 about.tokens_per_frame,
                 about.thumbnails,
+                about.times,
             )
         )
     yield f"<h2>Maps</h2>\n<p>{_MAPS}</p>\n"
     for layer in reading.layers:
-        for figure in _maps(about, reading, layer):
-            yield _figure(figure)
+        figures = "".join(map(_figure, _maps(about, reading, layer)))
+        yield f'<div class="pair">{figures}</div>\n'
     if pictures:
         yield "<h2>Measured on many questions</h2>\n"
     for picture in pictures:
@@ -132,7 +134,7 @@ def _reader(about: About, reading: Reading, number: int, name: str) -> Figure:
         np.stack([layer.readers[number] for layer in reading.layers]),
         names,
         about.thumbnails,
-        f"{name[0].upper()}{name[1:]}: each layer's magnitudes, by frame",
+        f"{name[0].upper()}{name[1:]}: what each layer takes of each frame",
         about.times,
     )
 

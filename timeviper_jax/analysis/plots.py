@@ -16,6 +16,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage  # noqa: E402
 
 DROPPED = "dropped"
 DPI = 80
+_COLUMNS = 512  # Of a picture over frames: fewer than its points.
 Thumbnails = Mapping[int, UInt8[np.ndarray, "H W 3"]]  # By the frame they show.
 
 
@@ -109,25 +110,29 @@ def region_map(
     title: str,
 ) -> Figure:
     """A map by regions: who takes (down) of what (across), frames with pictures."""
-    figure, axis = plt.subplots(figsize=(7, 6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(5.8, 5.4), layout="constrained")
     limit = float(np.abs(values).max()) or 1.0
     signed = values.min() < 0
-    image = axis.imshow(
-        values,
+    count = groups.stop - groups.start
+    in_text = np.array([not groups.start <= i < groups.stop for i in range(len(names))])
+    # Regions of text are few, and drawn wide enough to be seen and named.
+    edges = np.cumsum([0, *np.where(in_text, max(1, count / 16), 1)])
+    image = axis.pcolormesh(
+        *(edges, edges, values),
         cmap="RdBu_r" if signed else "magma",
         vmin=-limit if signed else 0,
         vmax=limit,
-        aspect="auto",
-        interpolation="nearest",
     )
     figure.colorbar(image, shrink=0.8)
-    count = groups.stop - groups.start
-    text = [i for i in range(len(names)) if not groups.start <= i < groups.stop]
-    axis.set_yticks(text, [names[i] for i in text])
-    axis.set_xticks(text, [names[i] for i in text], rotation=90)
+    axis.invert_yaxis()
+    middles = (edges[:-1] + edges[1:])[in_text] / 2
+    text = [name for name, here in zip(names, in_text, strict=True) if here]
+    axis.set_yticks(middles, text)
+    axis.xaxis.tick_top()
+    axis.set_xticks(middles, text, rotation=90)
     axis.set(title=title)
-    for frame, picture in thumbnails.items():
-        place = groups.start + (frame + 0.5) * count / num_frames - 0.5
+    for frame, picture in list(thumbnails.items())[::2]:
+        place = edges[groups.start] + (frame + 0.5) * count / num_frames
         _picture(axis, picture, place)
     return figure
 
@@ -139,22 +144,78 @@ def frame_rows(
     title: str,
     times: Float[np.ndarray, "F"],
 ) -> Figure:
-    """A line of each name over the frames, as strong as it may be in that line."""
-    figure, axis = plt.subplots(
-        figsize=(10, 1.6 + 0.32 * len(rows)), layout="constrained"
-    )
+    """A line of each name over the frames, as strong as it may be in that line.
+
+    To the right stands when each line is strongest.
+    """
+    figure, axis = _over_frames(len(rows), title, times)
     # Magnitudes: a state may also be taken away from.
     strength = np.abs(rows)
     strength = strength / np.maximum(strength.max(axis=1, keepdims=True), 1e-30)
-    axis.imshow(strength, cmap="magma", aspect="auto", interpolation="nearest")
+    # A picture has fewer columns than a long video frames; none may hide the strongest.
+    shown = np.maximum.reduceat(strength, _columns(len(times)), axis=1)
+    _draw(axis, shown, len(times), cmap="magma")
     axis.set_yticks(range(len(names)), names)
-    at = np.unique(np.linspace(0, rows.shape[1] - 1, 9).astype(int))
-    axis.xaxis.tick_top()
-    axis.set_xticks(at, [f"{times[i]:.0f} s" for i in at])
-    axis.set(title=title)
+    right = axis.secondary_yaxis("right")
+    strongest = times[strength.argmax(axis=1)]
+    right.set_yticks(range(len(names)), [f"{time:.0f} s" for time in strongest])
+    right.set_ylabel("strongest at", fontsize="small")
     for frame, picture in thumbnails.items():
         _picture(axis, picture, frame)
     return figure
+
+
+def kept_tokens(
+    kept: Sequence[Int[np.ndarray, "F"]],
+    names: Sequence[str],
+    tokens_per_frame: int,
+    thumbnails: Thumbnails,
+    times: Float[np.ndarray, "F"],
+) -> Figure:
+    """How many tokens of each frame are left behind each stage of TransV."""
+    figure, axis = _over_frames(len(kept), "Vision tokens kept, by frame", times)
+    columns = _columns(len(times))
+    sums = np.add.reduceat(np.stack(kept), columns, axis=1)
+    shown = sums / np.diff([*columns, len(times)])
+    image = _draw(axis, shown, len(times), cmap="Greens", vmin=0, vmax=tokens_per_frame)
+    figure.colorbar(image, label="tokens")
+    axis.set_yticks(range(len(names)), names)
+    for frame, picture in thumbnails.items():
+        _picture(axis, picture, frame)
+    return figure
+
+
+def _over_frames(
+    num_lines: int, title: str, times: Float[np.ndarray, "F"]
+) -> tuple[Figure, Any]:
+    """An axis of frames that tells their times above and has room for pictures."""
+    figure, axis = plt.subplots(
+        figsize=(11.5, 1.6 + 0.32 * num_lines), layout="constrained"
+    )
+    at = np.unique(np.linspace(0, len(times) - 1, 9).astype(int))
+    axis.xaxis.tick_top()
+    axis.set_xticks(at, [f"{times[i]:.0f} s" for i in at])
+    axis.set(title=title)
+    return figure, axis
+
+
+def _columns(num_frames: int) -> Int[np.ndarray, " X"]:
+    """The first frame of each column of a picture, which has at most so many."""
+    count = min(num_frames, _COLUMNS)
+    return np.arange(count) * num_frames // count
+
+
+def _draw(
+    axis: Any, values: Float[np.ndarray, "Y X"], num_frames: int, **colours: Any
+) -> Any:
+    """Lines over all frames, whatever the number of columns."""
+    return axis.imshow(
+        values,
+        extent=(-0.5, num_frames - 0.5, len(values) - 0.5, -0.5),
+        aspect="auto",
+        interpolation="nearest",
+        **colours,
+    )
 
 
 def _picture(
@@ -171,30 +232,3 @@ def _picture(
         annotation_clip=False,
     )
     axis.add_artist(box)
-
-
-def kept_tokens(
-    kept: Sequence[Int[np.ndarray, "F"]],
-    names: Sequence[str],
-    tokens_per_frame: int,
-    thumbnails: Thumbnails,
-) -> Figure:
-    """How many tokens of each frame are left behind each stage of TransV."""
-    figure, axis = plt.subplots(
-        figsize=(10, 1.6 + 0.4 * len(kept)), layout="constrained"
-    )
-    image = axis.imshow(
-        np.stack(kept),
-        cmap="Greens",
-        vmin=0,
-        vmax=tokens_per_frame,
-        aspect="auto",
-        interpolation="nearest",
-    )
-    figure.colorbar(image, label="tokens")
-    axis.set_yticks(range(len(names)), names)
-    axis.xaxis.tick_top()
-    axis.set(title="Vision tokens kept, by frame")
-    for frame, picture in thumbnails.items():
-        _picture(axis, picture, frame)
-    return figure

@@ -63,7 +63,11 @@ def read(model: TimeViper, example: Example, *, num_groups: int) -> Reading:
     embed = jax.jit(_embed, static_argnums=0)
     stream = embed(*nnx.split(model), collate([[example]], size))
     llm = model.llm
-    stages = {stage.layer: f"before layer {stage.layer}" for stage in llm.cfg.transv}
+    stages = {
+        stage.layer: f"before layer {stage.layer}"
+        for stage in llm.cfg.transv
+        if stage.keep < 1
+    }
     readers = _readers(example.roles)
     layers, kept = [], {}
     for layer, entering in walk(llm, stream):
@@ -90,7 +94,7 @@ def _readers(roles: Int[np.ndarray, "T"]) -> dict[str, int]:
     last = {}
     for role in (Role.INSTRUCTION, Role.ANSWER):
         if np.any(roles == role):
-            last[f"last of the {role.name.lower()}"] = int(
+            last[f"last token of the {role.name.lower()}"] = int(
                 np.flatnonzero(roles == role)[-1]
             )
     return last
