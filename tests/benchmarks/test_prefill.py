@@ -88,7 +88,7 @@ def watch_and_ask(model: TimeViper, setting: Setting, monkeypatch) -> dict:
         (programs, "regroup"),
         (programs, "drop"),
         (programs, "transfer"),
-        (memory, "take_caches"),
+        (memory, "take_cache"),
     ]:
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), seen))
     roles = [Role.TEXT] * setting.prefix + [Role.VISION] * setting.vision_tokens

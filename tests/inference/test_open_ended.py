@@ -196,7 +196,7 @@ def test_what_is_kept_is_counted():
     # all that is read by the second stretch, three more.
     kept, keys_and_values = video.memory.parts(filled=True), 2 * 2 * 8 * 4
     assert kept["transfer"] == (11 + 3) * keys_and_values
-    assert kept["attention"] == 8 * (keys_and_values + 2)  # Two masks.
+    assert kept["attention"] == 8 * (keys_and_values + 1)  # A mask.
     assert kept["residual"] == 0
     assert kept["attention"] < video.memory.parts()["attention"]
     assert sum(video.memory.parts().values()) == video.memory.num_bytes

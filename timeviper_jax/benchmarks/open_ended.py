@@ -72,7 +72,7 @@ def show(
         while (at := video.num_frames) < stop:
             here = slice(at, min(at + AT_ONCE, stop))
             video.feed(features[here], asked[0].times[here])
-        jax.block_until_ready([s.caches for s in video.memory.stretches])
+        jax.block_until_ready([s.cache for s in video.memory.stretches])
         tally.feeding += time.perf_counter() - start
         for question, (_, text) in zip(asked, prompts, strict=True):
             start = time.perf_counter()

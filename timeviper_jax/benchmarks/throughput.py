@@ -60,14 +60,14 @@ def step(
     params = jax.tree.map(of, nnx.state(model))
     run_on = programs.programs(sizes)
     layers = (0, len(sizes.llm.layers))
-    caches = run_on.init.eval_shape(params, layers, rows, context + answer)
-    answers = jax.eval_shape(lambda z: _answers(sizes, z, rows, answer), caches)
+    cache = run_on.init.eval_shape(params, layers, rows, context + answer)
+    answers = jax.eval_shape(lambda z: _answers(sizes, z, rows, answer), cache)
     limit = jax.ShapeDtypeStruct((), jnp.int32)
     args = params, *jax.tree.map(of, (answers, limit))
     used = context + answer // 2
     moved = num_bytes(params["llm"]["embed" if sizes.llm.tied else "head"])
-    moved += layers_bytes(sizes.llm, params, layers) + filled_bytes(caches, used, 1)
-    values = filled("[1].caches[0]", caches, used)
+    moved += layers_bytes(sizes.llm, params, layers) + filled_bytes(cache, used, 1)
+    values = filled("[1].caches[0]", cache, used)
     static = (layers,), Decoding(max_tokens=answer)
     return Call(
         part=DECODE,
@@ -85,10 +85,10 @@ def _sizes(preset: str) -> TimeViperConfig:
     return settings.in_one_dtype(presets.find_config(preset)).with_transv(())
 
 
-def _answers(sizes: TimeViperConfig, caches: Any, rows: int, answer: int) -> Answers:
+def _answers(sizes: TimeViperConfig, cache: Any, rows: int, answer: int) -> Answers:
     """Nothing written yet."""
     return Answers(
-        caches=(caches,),
+        caches=(cache,),
         hidden=jnp.zeros((rows, sizes.llm.embed_dim), sizes.llm.dtype),
         tokens=jnp.full((rows, answer), -1, jnp.int32),
         done=jnp.zeros(rows, bool),
@@ -99,12 +99,9 @@ def _answers(sizes: TimeViperConfig, caches: Any, rows: int, answer: int) -> Ans
 
 def bytes_a_step(call: Call) -> dict[str, float]:
     """What a step moves at the least, in GiB, by what it is."""
-    (caches,) = call.program.args[1].caches
-    states = sum(2 * num_bytes(cache.mamba) for cache in caches)
-    cached = sum(
-        filled_bytes((cache,), int(call.values(0)[f"[1].caches[0][{i}].slots.used"]), 1)
-        for i, cache in enumerate(caches)
-    )
+    (cache,) = call.program.args[1].caches
+    states = 2 * num_bytes(cache.mamba)
+    cached = filled_bytes(cache, int(call.values(0)["[1].caches[0].slots.used"]), 1)
     parts = {
         "weights": call.moved - cached,
         "states": states,
@@ -121,19 +118,17 @@ def measure(preset: str, rows: int, context: int, answer: int) -> dict:
     layers = (0, len(sizes.llm.layers))
 
     @jax.jit
-    def as_read(caches):
-        read = lambda valid: jnp.broadcast_to(
-            jnp.arange(valid.shape[1]) < context, valid.shape
-        )
-        slots = lambda slots: Slots(valid=read(slots.valid), used=jnp.int32(context))
-        return tuple(
-            dataclasses.replace(cache, slots=slots(cache.slots)) for cache in caches
+    def as_read(cache):
+        valid = jnp.arange(cache.capacity) < context
+        valid = jnp.broadcast_to(valid, cache.slots.valid.shape)
+        return dataclasses.replace(
+            cache, slots=Slots(valid=valid, used=jnp.int32(context))
         )
 
     seconds = []
     for _ in range(2):  # The first compiles.
-        caches = as_read(run_on.init(params, layers, rows, context + answer))
-        answers = jax.block_until_ready(_answers(sizes, caches, rows, answer))
+        cache = as_read(run_on.init(params, layers, rows, context + answer))
+        answers = jax.block_until_ready(_answers(sizes, cache, rows, answer))
         start = time.perf_counter()
         limit, decoding = jnp.asarray(answer), Decoding(max_tokens=answer)
         written = run_on.write(params, answers, limit, (layers,), decoding)

@@ -20,14 +20,14 @@ from timeviper_jax.layers.cache import Cache, KVCache, Slots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """The caches of a stretch of layers, and how many of their slots are used.
+    """The cache of a stretch of layers, and how many of its slots are used.
 
-    There is one for each piece of the stretch (see `programs.pieces`). `capacity` is
-    None where no layer attends: a state of fixed size holds any number of tokens.
+    `capacity` is None where no layer attends: a state of fixed size holds any number of
+    tokens.
     """
 
     layers: tuple[int, int]
-    caches: tuple[Cache, ...]
+    cache: Cache
     used: int
     capacity: int | None
 
@@ -42,8 +42,8 @@ class Stretch:
 
     def grown(self, capacity: int) -> "Stretch":
         """A larger one with the same content; this one's slots are given away."""
-        caches = tuple(_grown(cache, capacity) for cache in self.caches)
-        return dataclasses.replace(self, caches=caches, capacity=capacity)
+        cache = _grown(self.cache, capacity)
+        return dataclasses.replace(self, cache=cache, capacity=capacity)
 
 
 @jax.tree_util.register_dataclass
@@ -120,10 +120,9 @@ class Memory:
         parts = dict(attention=0, transfer=0, residual=0, states=0)
         for stretch in self.stretches:
             share = stretch.used / stretch.capacity if stretch.capacity else 0
-            for cache in stretch.caches:
-                slots = _bytes((cache.attention, cache.slots.valid))
-                parts["attention"] += int(share * slots) if filled else slots
-                parts["states"] += _bytes(cache.mamba)
+            slots = _bytes((stretch.cache.attention, stretch.cache.slots.valid))
+            parts["attention"] += int(share * slots) if filled else slots
+            parts["states"] += _bytes(stretch.cache.mamba)
         for passage in self.passages:
             parts["states"] += _bytes(passage.waiting)
             if passage.dropped:
@@ -163,12 +162,8 @@ def _longer(z: Array, *, axis: int, length: int) -> Array:
 
 
 @jax.jit
-def take_caches(caches: tuple[Cache, ...], rows: Int[Array, "R"]) -> tuple[Cache, ...]:
-    """The rows of caches, each as often as it is named."""
-    return tuple(_take_cache(cache, rows) for cache in caches)
-
-
-def _take_cache(cache: Cache, rows: Int[Array, "R"]) -> Cache:
+def take_cache(cache: Cache, rows: Int[Array, "R"]) -> Cache:
+    """The rows of a cache, each as often as it is named."""
     stacked = lambda tree: jax.tree.map(lambda z: z[:, rows], tree)
     # A copy of `used` too: what is taken is given away to be written over.
     slots = Slots(valid=cache.slots.valid[rows], used=jnp.copy(cache.slots.used))
@@ -206,7 +201,7 @@ def take(memory: Memory, rows: Sequence[int]) -> Memory:
     return dataclasses.replace(
         memory,
         stretches=tuple(
-            dataclasses.replace(s, caches=take_caches(s.caches, index))
+            dataclasses.replace(s, cache=take_cache(s.cache, index))
             for s in memory.stretches
         ),
         passages=tuple(_take_passage(p, index, share) for p in memory.passages),

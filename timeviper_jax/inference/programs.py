@@ -8,7 +8,6 @@ what happens between stretches.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 
 import jax
@@ -22,7 +21,6 @@ from timeviper_jax.inference.memory import DroppedKV
 from timeviper_jax.inference.sampling import Decoding, sample
 from timeviper_jax.layers.cache import Cache
 from timeviper_jax.layers.layout import Layout
-from timeviper_jax.llm.hybrid import HybridConfig
 from timeviper_jax.llm.stream import take
 from timeviper_jax.llm.transv import Transfer
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig, with_stages
@@ -38,7 +36,7 @@ class Answers:
     `tokens` are -1 where nothing is written.
     """
 
-    caches: tuple[tuple[Cache, ...], ...]  # Of each stretch, as `pieces` cuts it.
+    caches: tuple[Cache, ...]  # One for each stretch.
     hidden: Float[Array, "B D"]
     tokens: Int[Array, "B max_tokens"]
     done: Bool[Array, "B"]
@@ -50,10 +48,10 @@ class Answers:
 class Programs:
     """Compiled functions of a model's parameters, the first argument of each."""
 
-    init: Callable  # (params, layers, rows, capacity) -> caches
+    init: Callable  # (params, layers, rows, capacity) -> cache
     embed: Callable  # (params, tokens, roles, features, times) -> x
     embed_text: Callable  # (params, tokens) -> x
-    run: Callable  # (params, x, segment_ids, caches, layers) -> (x, caches)
+    run: Callable  # (params, x, segment_ids, cache, layers) -> (x, cache)
     rank: Callable  # (params, x, asking, counts, layer) -> logits of every head
     head: Callable  # (params, hidden) -> logits
     write: Callable  # (params, answers, limit, stretches, decoding) -> answers
@@ -81,25 +79,8 @@ def programs(cfg: TimeViperConfig) -> Programs:
     )
 
 
-def pieces(cfg: HybridConfig, layers: Layers) -> list[Layers]:
-    """The stretch cut behind each attention layer, so that none shares its cache.
-
-    A cache of one attention layer is written in place; of a stack of them XLA would
-    copy a layer out and back at every call, all its capacity.
-    """
-    start, stop = layers
-    attends = [i for i in range(start, stop) if cfg.layers[i][0] == "attention"]
-    cuts = [start, *(i + 1 for i in attends if i + 1 < stop), stop]
-    return list(itertools.pairwise(cuts))
-
-
-def _init(
-    model: TimeViper, layers: Layers, rows: int, capacity: int
-) -> tuple[Cache, ...]:
-    llm = model.llm
-    return tuple(
-        llm.init_cache(piece, rows, capacity) for piece in pieces(llm.cfg, layers)
-    )
+def _init(model: TimeViper, layers: Layers, rows: int, capacity: int) -> Cache:
+    return model.llm.init_cache(layers, rows, capacity)
 
 
 def _embed(
@@ -119,15 +100,13 @@ def _run(
     model: TimeViper,
     x: Float[Array, "B T D"],
     segment_ids: Int[Array, "B T"],
-    caches: tuple[Cache, ...],
+    cache: Cache,
     layers: Layers,
-) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
-    """A chunk through a stretch of layers, from and to its caches."""
-    llm, layout, after = model.llm, Layout(segment_ids=segment_ids), []
-    for piece, cache in zip(pieces(llm.cfg, layers), caches, strict=True):
-        x, cache, _ = llm.run(x, layout, piece, cache)
-        after.append(cache)
-    return x, tuple(after)
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """A chunk through a stretch of layers, from and to its cache."""
+    layout = Layout(segment_ids=segment_ids)
+    x, cache, _ = model.llm.run(x, layout, layers, cache)
+    return x, cache
 
 
 def _rank(

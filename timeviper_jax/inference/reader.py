@@ -148,7 +148,7 @@ class Reader:
         slots = capacity or max(self.cfg.chunk, self.cfg.text_chunk)
         return Stretch(
             layers=layers,
-            caches=self.run_on.init(self.params, layers, rows, slots),
+            cache=self.run_on.init(self.params, layers, rows, slots),
             used=0,
             capacity=capacity,
         )
@@ -218,11 +218,11 @@ class Reader:
         """One call through a stretch that has room for it."""
         stretch.check_room(roles.shape[1])
         segment_ids = (roles != Role.PAD).astype(np.int32)
-        x, caches = self.run_on.run(
-            self.params, x, segment_ids, stretch.caches, stretch.layers
+        x, cache = self.run_on.run(
+            self.params, x, segment_ids, stretch.cache, stretch.layers
         )
         used = stretch.used + roles.shape[1]
-        return x, dataclasses.replace(stretch, caches=caches, used=used)
+        return x, dataclasses.replace(stretch, cache=cache, used=used)
 
     def _pass(
         self,

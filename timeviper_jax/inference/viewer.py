@@ -195,7 +195,7 @@ class Viewer:
         for stretch in state.stretches:
             stretch.check_room(decoding.max_tokens)
         answers = Answers(
-            caches=tuple(stretch.caches for stretch in state.stretches),
+            caches=tuple(stretch.cache for stretch in state.stretches),
             hidden=jnp.asarray(hidden),
             tokens=jnp.full((len(hidden), decoding.max_tokens), -1, jnp.int32),
             done=jnp.arange(len(hidden)) >= len(questions),
@@ -205,8 +205,8 @@ class Viewer:
         texts, answers = self._write(answers, len(questions), decoding, on_tokens)
         written = int(answers.written)
         stretches = tuple(
-            dataclasses.replace(stretch, caches=caches, used=stretch.used + written)
-            for stretch, caches in zip(state.stretches, answers.caches, strict=True)
+            dataclasses.replace(stretch, cache=cache, used=stretch.used + written)
+            for stretch, cache in zip(state.stretches, answers.caches, strict=True)
         )
         return texts, dataclasses.replace(state, stretches=stretches, asked=True)
 

@@ -2,12 +2,13 @@
 
 A plain transformer is the pattern `*-` as often as it has layers.
 
-Parameters are stacked by kind of mixer, so that the layers can run rolled (one
-`lax.scan` whose body switches on the kind: what lets the 9B compile) or unrolled
-(small models, inspection) from the same tree. TransV cuts the stack into segments;
+Parameters are stacked by kind of mixer, so that the layers can run rolled (in few
+loops, which is what lets the 9B compile) or unrolled (small models, inspection) from
+the same tree. TransV cuts the stack into segments;
 a forward pass is: segment, thin, segment, thin, …, norm, head.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -28,7 +29,7 @@ from timeviper_jax.layers.layout import Layout
 from timeviper_jax.layers.mamba2 import Mamba2, Mamba2Config
 from timeviper_jax.layers.mlp import MLP, GatedMLP, MLPConfig
 from timeviper_jax.layers.norm import RMSNorm
-from timeviper_jax.llm import rolled, transv
+from timeviper_jax.llm import repeats, rolled, transv
 from timeviper_jax.llm.rows import read_tokens
 from timeviper_jax.llm.stream import Stream, take
 from timeviper_jax.llm.transv import Dropped, Stage
@@ -404,21 +405,36 @@ class HybridLM(nnx.Module):
                 stacks[kind] = {path: param[...] for path, param in flat}
             return rolled.run(mixers, todo, stacks, x, layout), None
 
-        def branch(kind):
-            return lambda i, x, cache: self._mix(
-                kind, i, i - first[kind], x, layout, cache
-            )
-
-        branches = [branch(kind) for kind in kinds]
-
-        def step(carry, layer):
-            x, cache = carry
-            mixed, cache = jax.lax.switch(layer[0], branches, layer[1], x, cache)
-            return (x + mixed, cache), None
-
-        table = jnp.array([(kinds.index(kind), i) for kind, i in todo], jnp.int32)
-        (x, cache), _ = jax.lax.scan(step, (x, cache), table)
+        for start, unit, times in repeats.find([kind for kind, _ in todo]):
+            unit = todo[start : start + len(unit)]
+            x, cache = self._run_repeats(unit, times, first, x, layout, cache)
         return x, cache
+
+    def _run_repeats(
+        self,
+        unit: tuple[tuple[str, int], ...],
+        times: int,
+        first: dict[str, int],
+        x: Float[Array, "B T D"],
+        layout: Layout,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Layers that begin with `unit` and go on like it, as a loop over units.
+
+        A loop over layers that switches on their kind has fewer bodies, but a switch
+        copies the caches that a branch only passes on, for every layer and token.
+        """
+        strides = collections.Counter(kind for kind, _ in unit)
+
+        def step(carry, number):
+            x, cache = carry
+            for kind, i in unit:
+                i += number * strides[kind]
+                mixed, cache = self._mix(kind, i, i - first[kind], x, layout, cache)
+                x = x + mixed
+            return (x, cache), None
+
+        return jax.lax.scan(step, (x, cache), jnp.arange(times))[0]
 
     def _mix(
         self,

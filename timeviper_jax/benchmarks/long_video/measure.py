@@ -177,7 +177,7 @@ class Watcher:
     def watch(self, viewer: Viewer, features: FrameFeatures) -> watched.Watched:
         example = watched.watched_example(self.run, self.asking, self.times, features)
         memory = viewer.watch([example])
-        jax.block_until_ready([s.caches for s in memory.stretches])
+        jax.block_until_ready([s.cache for s in memory.stretches])
         return watched.Watched(
             run=self.run,
             asking=self.asking,

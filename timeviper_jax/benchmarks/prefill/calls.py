@@ -96,27 +96,20 @@ def layers_bytes(llm: HybridConfig, params: nnx.State, layers: Layers) -> int:
     )
 
 
-def filled_bytes(
-    caches: tuple[Cache, ...], used: int, size: int, times: int = 1
-) -> int:
-    """What chunks of `size` read and write of caches that hold `used` tokens before.
+def filled_bytes(cache: Cache, used: int, size: int, times: int = 1) -> int:
+    """What chunks of `size` read and write of a cache that holds `used` tokens before.
 
     A state is read and written; keys and values are written once, and read as far as
     they are filled.
     """
-    total = 0
-    for cache in caches:
-        slot = num_bytes(cache.attention) // cache.capacity
-        ends = used * times + size * times * (times + 1) // 2
-        total += 2 * times * num_bytes(cache.mamba) + slot * (ends + size * times)
-    return total
+    slot = num_bytes(cache.attention) // cache.capacity
+    ends = used * times + size * times * (times + 1) // 2
+    return 2 * times * num_bytes(cache.mamba) + slot * (ends + size * times)
 
 
-def filled(path: str, caches: tuple[Cache, ...], used: int) -> dict[str, Any]:
-    """Values of the slots of caches, by their path, when `used` of them are."""
-    slots = {}
-    for i, cache in enumerate(caches):
-        here = f"{path}[{i}].slots"
-        slots[f"{here}.used"] = np.int32(used)
-        slots[f"{here}.valid"] = np.arange(cache.capacity)[None] < used
-    return slots
+def filled(path: str, cache: Cache, used: int) -> dict[str, Any]:
+    """Values of the slots of a cache, by their path, when `used` of them are."""
+    return {
+        f"{path}.slots.used": np.int32(used),
+        f"{path}.slots.valid": np.arange(cache.capacity)[None] < used,
+    }

@@ -169,7 +169,7 @@ def _pass(viewer: Viewer, video: _Video, *, more: bool) -> dict[str, float]:
 
 
 def _ready(state: memory.Memory) -> memory.Memory:
-    caches = [stretch.caches for stretch in state.stretches]
+    caches = [stretch.cache for stretch in state.stretches]
     jax.block_until_ready((caches, [passage.waiting for passage in state.passages]))
     return state
 
@@ -190,7 +190,7 @@ def timed(viewer: Viewer) -> Iterator[dict[str, float]]:
 
         return run
 
-    def part_of_run(params, x, ids, caches, layers):
+    def part_of_run(params, x, ids, cache, layers):
         return part_of(layers) if x.shape[1] == reader.cfg.chunk else QUESTION
 
     always = lambda part: lambda *args: part

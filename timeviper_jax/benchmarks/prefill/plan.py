@@ -30,7 +30,7 @@ from timeviper_jax.benchmarks.prefill.calls import (
     part_of,
 )
 from timeviper_jax.inference import programs
-from timeviper_jax.inference.memory import DroppedKV, take_caches
+from timeviper_jax.inference.memory import DroppedKV, take_cache
 from timeviper_jax.inference.programs import Answers
 from timeviper_jax.inference.sampling import Decoding
 from timeviper_jax.layers.cache import Cache
@@ -57,10 +57,10 @@ def encoder_of(graph: nnx.GraphDef) -> Callable:
 
 
 class _Stretch(NamedTuple):
-    """Layers, their caches, and the tokens that read through them and that did."""
+    """Layers, their cache, and the tokens that read through them and that did."""
 
     layers: Layers
-    caches: tuple[Cache, ...]
+    cache: Cache
     tokens: int
     used: int = 0
 
@@ -166,7 +166,7 @@ class _Planner:
     def decode(self) -> Call:
         """One token, after the question: the body of the loop that writes."""
         answers = Answers(
-            caches=tuple(stretch.caches for stretch in self.stretches),
+            caches=tuple(stretch.cache for stretch in self.stretches),
             hidden=self._hidden(),
             tokens=self._of(1, self.setting.answer, dtype=jnp.int32),
             done=self._of(1, dtype=jnp.bool_),
@@ -178,8 +178,8 @@ class _Planner:
         moved, values = num_bytes(self._head()), {}
         for i, stretch in enumerate(self.stretches):
             moved += layers_bytes(self.llm, self.params, stretch.layers)
-            moved += filled_bytes(stretch.caches, stretch.used, 1)
-            values |= filled(f"[1].caches[{i}]", stretch.caches, stretch.used)
+            moved += filled_bytes(stretch.cache, stretch.used, 1)
+            values |= filled(f"[1].caches[{i}]", stretch.cache, stretch.used)
         return Call(
             part=DECODE,
             name="write",
@@ -207,8 +207,8 @@ class _Planner:
         if any(kind == "attention" for kind, _ in self.llm.layers[slice(*layers)]):
             slots = self.cfg.capacity(math.ceil(tokens / chunk) * chunk)
         shapes = self.run_on.init.eval_shape(self.params, layers, 1, slots)
-        caches = self._placed(shapes)
-        self.stretches.append(_Stretch(layers, caches, tokens=tokens))
+        cache = self._placed(shapes)
+        self.stretches.append(_Stretch(layers, cache, tokens=tokens))
 
     def _add_passage(self, stage: Stage, present: int) -> int:
         """Returns how many vision tokens go on."""
@@ -235,14 +235,14 @@ class _Planner:
     def _run(
         self, part: str, number: int, size: int, *, times: int, tokens: int
     ) -> Call:
-        """Chunks of `size` through a stretch, from and to its caches."""
-        layers, caches, _, used = self.stretches[number]
+        """Chunks of `size` through a stretch, from and to its cache."""
+        layers, cache, _, used = self.stretches[number]
         x = self._of(1, size, self.llm.embed_dim)
-        args = self.params, x, self._of(1, size, dtype=jnp.int32), caches
+        args = self.params, x, self._of(1, size, dtype=jnp.int32), cache
 
         def values(i: int) -> dict[str, Any]:
             real = (np.arange(size)[None] < tokens - i * size).astype(np.int32)
-            return {"[2]": real} | filled("[3]", caches, used + i * size)
+            return {"[2]": real} | filled("[3]", cache, used + i * size)
 
         weights = layers_bytes(self.llm, self.params, layers)
         return Call(
@@ -252,7 +252,7 @@ class _Planner:
             times=times,
             tokens=tokens,
             moved=times * (weights + 2 * num_bytes(x))
-            + filled_bytes(caches, used, size, times),
+            + filled_bytes(cache, used, size, times),
             alive=self._alive(),
             values=values,
         )
@@ -292,10 +292,10 @@ class _Planner:
         rows = self._of(1, dtype=jnp.int32)
         self.memory = self._remembered()
         for stretch in self.stretches:
-            program = Program(function=take_caches, args=(stretch.caches, rows))
+            program = Program(function=take_cache, args=(stretch.cache, rows))
             yield self._call(QUESTION, "copy caches", program, times=1, tokens=0)
         self.stretches = [
-            stretch._replace(caches=self._placed(stretch.caches))
+            stretch._replace(cache=self._placed(stretch.cache))
             for stretch in self.stretches
         ]
         self.passages = [
@@ -397,7 +397,7 @@ class _Planner:
         return self._of(1, self.stretches[-1].tokens, self.llm.embed_dim)
 
     def _remembered(self) -> tuple:
-        caches = [stretch.caches for stretch in self.stretches]
+        caches = [stretch.cache for stretch in self.stretches]
         return caches, [passage[:2] for passage in self.passages]
 
     def _head(self) -> Any:
