@@ -65,7 +65,10 @@ class Stage:
             "model": {**record.config["model"], "preset": preset},
         }
         stage = experiment.StageConfig.from_dict(config["stages"][record.stage])
-        cfg = experiment.model_config(**config["model"]).with_transv(stage.transv)
+        # Which layers TransV stands before is said of the run's own model.
+        own = preset == record.config["model"]["preset"]
+        cfg = experiment.model_config(**config["model"])
+        cfg = cfg.with_transv(stage.transv if own else ())
         return cls(config=config, cfg=cfg, stage=stage, rows=rows)
 
     def batches(self) -> NamedBatches:
