@@ -53,7 +53,7 @@ def test_less_than_two_checkpoints_are_too_few():
 
 def test_a_run_keeps_its_best_checkpoints_beside_the_newest(tmp_path, mesh, begun):
     state, _ = begun
-    scores = {1: 0.5, 2: 0.2, 3: None, 4: 0.4, 5: 0.3, 6: 0.9, 7: None}
+    scores = {1: 0.2, 2: 0.5, 3: 0.3, 4: 0.9, 5: None}
     checkpoints = Checkpoints(tmp_path, keep=Keep(last=2, best=2))
     for step, score in scores.items():
         record = RunRecord(
@@ -62,17 +62,17 @@ def test_a_run_keeps_its_best_checkpoints_beside_the_newest(tmp_path, mesh, begu
         state = state._replace(params={SCALE: jnp.full(4, float(step))})
         checkpoints.save(record, state, {}, {})
     checkpoints.close()
-    assert _steps(tmp_path) == [2, 5, 6, 7]
+    assert _steps(tmp_path) == [1, 3, 4, 5]
 
     # What opens the run anew knows the scores of those before it.
     checkpoints = Checkpoints(tmp_path, keep=Keep(last=2, best=1))
-    assert checkpoints.latest().step == checkpoints.sealed == 7
-    record = RunRecord(step=8, stage="only", stage_step=8, config={}, score=0.8)
+    assert checkpoints.latest().step == checkpoints.sealed == 5
+    record = RunRecord(step=6, stage="only", stage_step=6, config={}, score=0.8)
     checkpoints.save(record, state, {}, {})
     checkpoints.close()
-    assert _steps(tmp_path) == [2, 7, 8]
-    (tmp_path / "checkpoints" / "8" / checksums.MANIFEST).unlink()
-    np.testing.assert_array_equal(load_params(tmp_path, mesh)[SCALE], np.full(4, 7.0))
+    assert _steps(tmp_path) == [1, 5, 6]
+    (tmp_path / "checkpoints" / "6" / checksums.MANIFEST).unlink()
+    np.testing.assert_array_equal(load_params(tmp_path, mesh)[SCALE], np.full(4, 5.0))
 
 
 def _steps(workdir):
