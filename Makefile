@@ -12,7 +12,7 @@ export JAX_PLATFORMS ?= cpu
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: demo claim long test slow test-parity lint format setup clean
+.PHONY: demo claim long test slow tpu-compiler test-parity lint format setup clean
 
 demo: setup
 	$(RUN) -m timeviper_jax.benchmarks.needles
@@ -29,6 +29,13 @@ test: setup lint
 
 slow: setup
 	$(PYTEST) -m slow
+
+# Half a gigabyte; with it, the slow group compiles for TPUs that are not there.
+tpu-compiler: $(VENV)/.libtpu
+
+$(VENV)/.libtpu: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check "libtpu>=0.0.52,<0.1"
+	touch $@
 
 # Against live peers (torch, transformers), which have a venv of their own.
 test-parity: $(PARITY_VENV)/.installed
