@@ -1,5 +1,6 @@
 """A file of features is found whole or not at all, and goes on where it was left."""
 
+import fcntl
 import os
 
 import numpy as np
@@ -29,6 +30,33 @@ def test_frames_are_read_as_they_come_and_the_file_appears_when_whole(place):
     np.testing.assert_array_equal(FeatureFile(place)[:], WHOLE)
     assert FeatureFile(place, 6).shape == (6, 2, 3)
     np.testing.assert_array_equal(FeatureFile(place, 6)[4:9], WHOLE[4:6])
+
+
+def test_what_comes_in_many_reads_is_whole(place, monkeypatch):
+    """As beyond 2 GiB, which is the most that one call reads."""
+    growing, preadv = GrowingFile(place, SHAPE), os.preadv
+    growing.append(WHOLE)
+    monkeypatch.setattr(os, "preadv", lambda f, to, at: preadv(f, [to[0][:7]], at))
+    np.testing.assert_array_equal(FeatureFile(place)[2:9], WHOLE[2:9])
+    assert FeatureFile(place)[4:4].shape == (0, 2, 3)
+
+
+def test_a_file_that_another_writer_finishes_meanwhile_is_left_alone(
+    place, monkeypatch
+):
+    first, flock = GrowingFile(place, SHAPE), fcntl.flock
+
+    def after_the_first_is_done(*args):
+        if not place.exists():
+            first.append(WHOLE)
+            first.close()
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_first_is_done)
+    second = GrowingFile(place, SHAPE)
+    assert second.present == 0
+    second.append(WHOLE[:3])
+    np.testing.assert_array_equal(np.load(place), WHOLE)
 
 
 @pytest.mark.parametrize("clip, present", [(1, 7), (4, 4)])

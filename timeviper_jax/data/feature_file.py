@@ -4,6 +4,7 @@ The file is a .npy of its final shape whose frames are appended. Until they are 
 there it has another name and one writer; one that was interrupted is gone on with.
 """
 
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -40,11 +41,15 @@ class FeatureFile:
     def __getitem__(self, frames: slice) -> Float16[np.ndarray, "F V E"]:
         start, stop, _ = frames.indices(len(self))
         out = np.empty((max(0, stop - start), *self.shape[1:]), _DTYPE)
-        size = os.preadv(self._file, [out], self._start + start * self._frame_bytes)
-        if size != out.nbytes:
+        at = self._start + start * self._frame_bytes
+        left = out.reshape(-1).view(np.uint8)
+        # A call reads 2 GiB at most.
+        while left.size and (size := os.preadv(self._file, [left], at)):
+            at, left = at + size, left[size:]
+        if left.size:
             raise OSError(
                 f"Frames {start} to {stop - 1} were asked for, but the file of features"
-                f" ends {out.nbytes - size} bytes before; encode the video again."
+                f" ends {left.size} bytes before; encode the video again."
             )
         return out
 
@@ -64,19 +69,30 @@ class GrowingFile(FeatureFile):
         self.shape, self._place = shape, place
         self._part = place.with_suffix(".part")
         place.parent.mkdir(parents=True, exist_ok=True)
-        self._open(self._part, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"{self._part} is being written by another process; wait, or end it."
-            ) from None
+        self._lock()
         with open(self._file, "r+b", closefd=False) as file:
             self._start, size = _go_on(file, shape)
         whole = size // self._frame_bytes
         self.present = whole if whole == len(self) else whole // clip * clip
         if self.present == len(self):
             self._finish()
+
+    def _lock(self) -> None:
+        """Opens the file that is to grow, for this writer alone."""
+        while True:
+            self._open(self._part, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(
+                    f"{self._part} is being written by another process; wait, or end"
+                    " it."
+                ) from None
+            # Another may have finished what was just opened, and taken it away.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file), self._part.stat()):
+                    return
+            self.close()
 
     def append(self, features: Float16[np.ndarray, "F V E"]) -> None:
         """Writes the next frames; after the last one the file is whole."""
