@@ -1,5 +1,6 @@
 """Features are found by what a file holds and by who encoded it."""
 
+import errno
 import shutil
 
 import numpy as np
@@ -28,6 +29,19 @@ def test_what_was_put_is_got(tmp_path, video):
     np.testing.assert_array_equal(store.get(video), features())
     again = FeatureStore(tmp_path / "store", "vit-1")
     np.testing.assert_array_equal(again.get(video), features())
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, video, monkeypatch):
+    def full(file, _):
+        file.write(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = FeatureStore(tmp_path / "store", "vit-1")
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        store.put(video, features())
+    assert video not in store
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
 
 
 def test_a_moved_file_keeps_its_features_and_a_changed_one_loses_them(

@@ -6,11 +6,14 @@ own. Files are known by their content, encoders by a fingerprint, so that neithe
 moved file nor a retrained encoder ever yields another's features.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float16, Float64
@@ -42,11 +45,8 @@ class FeatureStore:
         self, path: str | os.PathLike, features: Float16[np.ndarray, "F V E"]
     ) -> None:
         """Keeps the features of a file's seconds; seen whole or not at all."""
-        place = self._place(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
+        with _new(self._place(path)) as file:
             np.save(file, features)
-        os.replace(file.name, place)
 
     def get(self, path: str | os.PathLike) -> Float16[np.ndarray, "F V E"]:
         """The features of all of a file's seconds, read from disk as they are used."""
@@ -117,11 +117,23 @@ class FeatureStore:
         name = hashlib.blake2b(version, digest_size=20).hexdigest()
         note = self._root.with_name("digests") / name
         if not note.exists():
-            note.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as new:
-                new.write(file_digest(path))
-            os.replace(new.name, note)
+            with _new(note) as file:
+                file.write(file_digest(path).encode())
         return note.read_text()
+
+
+@contextlib.contextmanager
+def _new(place: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file that is at `place` once it is whole; one that fails leaves nothing."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
+        part = pathlib.Path(file.name)
+        try:
+            yield file
+            file.flush()
+            part.replace(place)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _map(place: pathlib.Path) -> np.ndarray:
