@@ -26,6 +26,11 @@ def bpe(tmp_path_factory):
     return train_bpe(TEXTS, 400, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
 
 
+def test_a_file_that_is_not_there_is_one_clear_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no tokenizer .*x.json; put"):
+        JsonTokenizer(tmp_path / "x.json")
+
+
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
 def tokenizer(request, bpe):
     return bpe if request.param == "bpe" else ByteTokenizer()

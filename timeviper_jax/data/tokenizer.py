@@ -74,6 +74,11 @@ class JsonTokenizer:
 
     def __init__(self, path: str | pathlib.Path, *, eos: str = "</s>"):
         self._path = str(path)
+        if not pathlib.Path(path).is_file():
+            raise FileNotFoundError(
+                f"There is no tokenizer {path}; put it there, or start from the folder"
+                " that training was started from."
+            )
         spec = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         self._specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
         vocab = spec["model"]["vocab"]
