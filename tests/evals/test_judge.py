@@ -58,6 +58,10 @@ def test_a_judge_that_does_not_answer_is_one_clear_line(server):
     handler.reply = staticmethod(lambda user: {"error": "busy"})
     with pytest.raises(ValueError, match="does not speak chat completions"):
         HttpJudge(address, "llama")("", "")
+    silent = {"choices": [{"message": {"content": None}}]}
+    handler.reply = staticmethod(lambda user: silent)
+    with pytest.raises(ValueError, match="replied with None in place of text"):
+        HttpJudge(address, "llama")("", "")
     handler.reply = staticmethod(lambda user: sys.exit())  # It hangs up.
     with pytest.raises(ValueError, match="does not answer.*goes on from here"):
         HttpJudge(address, "llama")("", "")

@@ -60,8 +60,7 @@ class HttpJudge:
         )
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as reply:
-                found = json.load(reply)
-            return found["choices"][0]["message"]["content"]
+                content = json.load(reply)["choices"][0]["message"]["content"]
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(
                 f"The judge at {self._url} does not answer ({error}); start it and run"
@@ -71,6 +70,12 @@ class HttpJudge:
             raise ValueError(
                 f"The judge at {self._url} does not speak chat completions ({error!r})."
             ) from error
+        if not isinstance(content, str):
+            raise ValueError(
+                f"The judge at {self._url} replied with {content!r} in place of text;"
+                " use a model that answers without tools or hidden thoughts."
+            )
+        return content
 
 
 class RecordedJudge:
