@@ -123,6 +123,12 @@ def test_no_events_score_nothing():
     assert {"METEOR", "SODA_c", "CIDEr", "F1", "F1 0.9"} <= set(found)
 
 
+def test_where_nothing_happens_whatever_is_said_scores_nothing():
+    given = [Event((0.0, 5.0), "cut")]
+    found = dense.score_events(given, [], None)
+    assert found["recall 0.3"] == 0 and set(found.values()) == {0}
+
+
 def test_a_story_told_backwards_matches_one_event():
     assert dense.soda(np.eye(3)) == 1
     assert dense.soda(np.eye(3)[::-1]) == pytest.approx(1 / 3)

@@ -48,7 +48,7 @@ def detection(overlap: Float64[np.ndarray, "P T"]) -> dict[str, float]:
     for low in THRESHOLDS:
         hits = overlap > low
         precision = hits.any(1).mean() if len(overlap) else 0.0
-        recall = hits.any(0).mean() if len(overlap) else 0.0
+        recall = hits.any(0).mean() if overlap.size else 0.0
         means += np.array([precision, recall]) / len(THRESHOLDS)
         scores[f"precision {low}"], scores[f"recall {low}"] = precision, recall
         scores[f"F1 {low}"] = _harmonic(precision, recall)
