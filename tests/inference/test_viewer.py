@@ -102,6 +102,15 @@ def _answered(example: Example, ids: list[int]) -> Example:
     )
 
 
+def test_who_asks_nothing_is_told_so():
+    viewer, watched = watch("none", [SHORT])
+    with pytest.raises(ValueError, match="No question was given"):
+        viewer.logits(watched, [])
+    with pytest.raises(ValueError, match="No question was given"):
+        viewer.converse(watched, [], decoding=Decoding(max_tokens=3))
+    assert viewer.ask(watched, [], decoding=Decoding(max_tokens=3)) == []
+
+
 @pytest.mark.parametrize("stages", ["uniform_attention", "plain_uniform_attention"])
 def test_a_conversation_is_one_pass(stages):
     cfg = dataclasses.replace(CFG, text_room=40)

@@ -70,6 +70,11 @@ def text_part(text: EncodedText, here: slice) -> EncodedText:
     )
 
 
+def _check_some(questions: Sequence[EncodedText]) -> None:
+    if not questions:
+        raise ValueError("No question was given; give at least one.")
+
+
 class Viewer:
     """A model that watches and answers."""
 
@@ -160,6 +165,7 @@ class Viewer:
 
         The arguments are those of `ask`, and `memory_` is left as it is.
         """
+        _check_some(questions)
         self._rows(len(questions), self.cfg.question_rows, "question_rows")
         rows = range(len(questions)) if rows is None else rows
         key = jax.random.key(seed)
@@ -173,6 +179,7 @@ class Viewer:
         rows: Sequence[int] | None = None,
     ) -> Float[np.ndarray, "B vocab"]:
         """The logits of each answer's next token."""
+        _check_some(questions)
         rows = range(len(questions)) if rows is None else rows
         logits = []
         for start in range(0, len(questions), self.cfg.question_rows):
