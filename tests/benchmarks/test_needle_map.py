@@ -131,6 +131,16 @@ def test_another_model_is_asked_anew(place, monkeypatch):
     assert len(before.read_text().splitlines()) == 2 * len(lines)
 
 
+def test_other_data_are_asked_anew(place):
+    config, lines = place / "config.json", []
+    for seed in (0, 1, 1):
+        config.write_text(json.dumps({"seed": seed}))
+        run(place, "demo", "--arms", "none")
+        text = (place / "demo" / "needle_map" / "none.jsonl").read_text()
+        lines.append(len(text.splitlines()))
+    assert lines == [lines[0], 2 * lines[0], 2 * lines[0]]
+
+
 def test_another_split_is_asked_anew(place):
     run(place, "demo", "--arms", "none")
     scenes = (place / "heldout.scenes.jsonl").read_text()

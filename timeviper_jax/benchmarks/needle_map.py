@@ -14,7 +14,6 @@ that was trained anew is asked anew. Written there: `needle_map.json`, and
 import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import sys
@@ -133,14 +132,13 @@ class Answers:
         self._cells[tuple(record.id for record in records)] = list(records)
 
 
-def digest(model: nnx.Module, question_seed: int) -> str:
-    """Names what was asked of whom: a model by its sizes and weights."""
-    named = repr((model.cfg, question_seed)).encode()
-    digest = hashlib.blake2b(named, digest_size=16)
-    for path, param in nnx.to_flat_state(nnx.state(model)):
-        digest.update("/".join(map(str, path)).encode())
-        digest.update(np.ascontiguousarray(param[...]).tobytes())
-    return digest.hexdigest()
+def key(model: nnx.Module, args: argparse.Namespace) -> str:
+    """Names what is asked of whom: the model, the videos and the questions."""
+    path = args.data / "config.json"
+    seed = json.loads(path.read_text("utf-8"))["seed"] if path.exists() else 0
+    # What it usually is goes unsaid, so that the oldest answers are still found.
+    more = (seed,) if seed else ()
+    return runs.digest(model, args.question_seed, *more)
 
 
 # Asking.
@@ -204,7 +202,7 @@ def answer(task: Task, args: argparse.Namespace, bar: tqdm) -> Iterator[Record]:
     """All answers of one run, those it gave before and new ones."""
     run_ = runs.load(args.workdir / task.run)
     path = _out(args) / f"{task.name}.jsonl"
-    answers = Answers(path, digest(run_.model, args.question_seed))
+    answers = Answers(path, key(run_.model, args))
     videos = {p.video for c in task.cells for v in c.videos for p in v.pieces}
     runs.encode_missing(run_, videos)
     for cell in task.cells:

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float16, Float64
 from tqdm import tqdm
@@ -119,6 +121,16 @@ def load(workdir: str | os.PathLike) -> Run:
         config=record.config,
         step=record.step,
     )
+
+
+def digest(model: nnx.Module, *more: object) -> str:
+    """Names a model by its sizes and weights, and `more` that it is used with."""
+    named = repr((model.cfg, *more)).encode()
+    found = hashlib.blake2b(named, digest_size=16)
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        found.update("/".join(map(str, path)).encode())
+        found.update(np.ascontiguousarray(param[...]).tobytes())
+    return found.hexdigest()
 
 
 def _tokenizer(name: str) -> Tokenizer:

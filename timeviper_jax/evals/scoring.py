@@ -20,7 +20,7 @@ from timeviper_jax.evals.judge import HttpJudge, RecordedJudge
 from timeviper_jax.evals.lines import Lines
 from timeviper_jax.evals.meteor import Meteor
 from timeviper_jax.evals.published import PublishedBenchmark
-from timeviper_jax.evals.run import Run
+from timeviper_jax.evals.run import Run, digest
 
 _NO_METEOR = "METEOR and SODA_c are left out: --meteor_jar names METEOR's program."
 
@@ -73,7 +73,13 @@ def _settings(run_: Run, benchmark: PublishedBenchmark, plan: Plan) -> dict[str,
     """What makes answers comparable; which questions are asked does not."""
     names = ("name", "max_frames", "min_frames", "subtitles")
     own = {name: getattr(benchmark, name) for name in names}
-    return {"checkpoint": run_.step, **own, "likeliest": plan.likeliest}
+    model = digest(run_.model)
+    return {
+        "checkpoint": run_.step,
+        "model": model,
+        **own,
+        "likeliest": plan.likeliest,
+    }
 
 
 def _answers(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, str]:
