@@ -136,12 +136,11 @@ def score(values: flags.FlagValues) -> None:
     out = pathlib.Path(values.out or pathlib.Path(values.workdir) / "eval")
     run.encode_missing(run_, [question.video for question in questions])
 
+    # First, for they may say that there is too little to compare.
+    controls = run_controls(run_, benchmark) if values.controls else {}
     records = runner.run(run_, benchmark)
     results = report.summarise(records, run_.compression, seed=values.seed)
     report.write_records(out / "records.json", records)
-    controls = {}
-    if values.controls:
-        controls = run_controls(run_, benchmark)
     report.write_json(
         out / "results.json",
         {

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import published_fixtures as fixtures
 import pytest
+from flax import nnx
 from PIL import Image
 
 from timeviper_jax.evals import runner, scoring
@@ -52,11 +54,19 @@ def parrot(monkeypatch):
     return bird
 
 
-def score(data, out, *, shard=(0, 1), step=7, **options) -> str:
+class Model(nnx.Module):
+    """Something with sizes and weights."""
+
+    def __init__(self, weight: float):
+        self.cfg, self.weight = "tiny", nnx.Param(jnp.float32(weight))
+
+
+def score(data, out, *, shard=(0, 1), step=7, weight=1.0, **options) -> str:
     benchmark = PublishedBenchmark(name="videomme", data=str(data), **options)
     plan = scoring.Plan(out=out, shard=shard)
     run = object.__new__(Run)  # No model is asked here.
     object.__setattr__(run, "step", step)
+    object.__setattr__(run, "model", Model(weight))
     return scoring.score(run, benchmark, plan)
 
 
@@ -117,6 +127,8 @@ def test_answers_of_another_checkpoint_are_not_mixed_in(data, parrot, tmp_path):
     score(data, tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint=7 \(now 8\).*another --out"):
         score(data, tmp_path, step=8)
+    with pytest.raises(ValueError, match=r"other settings: model='\w+' \(now '\w+'\)"):
+        score(data, tmp_path, weight=2.0)
     with pytest.raises(ValueError, match=r"max_frames=256 \(now 64\)"):
         score(data, tmp_path, max_frames=64)
 
@@ -176,6 +188,13 @@ def test_groups_are_of_like_length_and_one_order(data):
         name="videomme", data=str(data), max_frames=4, min_frames=4
     ).questions()
     assert len(runner.groups([*questions, *short], 4)) == 2
+
+
+def test_a_video_that_has_no_other_cannot_be_shuffled(data):
+    questions = PublishedBenchmark(name="videomme", data=str(data)).questions()
+    run = object.__new__(Run)
+    with pytest.raises(ValueError, match="a.mp4 is the only video of 40 frames"):
+        runner.shuffled(run, [q for q in questions if q.video.endswith("a.mp4")])
 
 
 def numbered(count: int) -> list[runner.Group]:

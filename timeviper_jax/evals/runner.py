@@ -228,11 +228,21 @@ def zeroed(run_: Run) -> Features:
 
 
 def shuffled(run_: Run, questions: Sequence[Question]) -> Features:
-    """A control: of each video the frames of another one of the same length."""
+    """A control: of each video the frames of another one of the same length.
+
+    Raises:
+      ValueError: There is no other one.
+    """
     others = {}
     by_length = lambda question: len(question.times)
-    for _, same in itertools.groupby(sorted(questions, key=by_length), by_length):
+    for frames, same in itertools.groupby(sorted(questions, key=by_length), by_length):
         videos = list({q.video: q for q in same}.values())
+        if len(videos) == 1:
+            raise ValueError(
+                f"{videos[0].video} is the only video of {frames} frames, so that no"
+                " other can be shown instead; ask about more videos, or leave the"
+                " controls out."
+            )
         for mine, other in zip(videos, videos[1:] + videos[:1], strict=True):
             others[mine.video] = other
     return lambda question: stored(run_)(others[question.video])
