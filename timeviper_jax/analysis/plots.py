@@ -9,6 +9,8 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from timeviper_jax.evals.report import Estimate
+
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402 (after its backend is chosen)
 from matplotlib.figure import Figure  # noqa: E402
@@ -21,7 +23,7 @@ Thumbnails = Mapping[int, UInt8[np.ndarray, "H W 3"]]  # By the frame they show.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Point:
+class Point(Estimate):
     """The accuracy on questions of a kind where something is cut from `layer` on.
 
     `cut` says who sees no vision, or is DROPPED where all of it leaves. The layer
@@ -31,10 +33,6 @@ class Point:
     cut: str
     layer: int
     kind: str
-    value: float
-    low: float
-    high: float
-    count: int
 
 
 def save(figure: Figure, path: pathlib.Path) -> None:

@@ -21,17 +21,23 @@ _MAIN = {"when": "mIoU"}  # The metric that stands for a kind of question.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """One number: the mean of a metric over the questions of a cell."""
+class Estimate:
+    """The mean over `count` questions, and the interval of `interval`."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(Estimate):
+    """The mean of a metric over the questions of a cell."""
 
     frames: int
     compression: str
     question: str
     metric: str
-    value: float
-    low: float
-    high: float
-    count: int
 
 
 def summarise(

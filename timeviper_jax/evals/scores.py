@@ -18,15 +18,11 @@ _ALL = "all"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Score:
+class Score(report.Estimate):
     """The mean of a metric over a group of questions: "all", "task=count" and so on."""
 
     group: str
     metric: str
-    value: float
-    low: float
-    high: float
-    count: int
 
 
 def summarise(
