@@ -14,9 +14,7 @@ so that neither decoding nor encoding is in any of it.
 
 import argparse
 import dataclasses
-import json
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +24,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from timeviper_jax.benchmarks import command
 from timeviper_jax.data.conversation import EncodedText, encode_prompt
 from timeviper_jax.evals import report, runner
 from timeviper_jax.evals import run as runs
@@ -198,37 +197,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    numbers = lambda text: tuple(int(part) for part in text.split(","))
-    add, folder = parser.add_argument, pathlib.Path
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command.parser(__doc__)
+    add, folder, numbers = parser.add_argument, pathlib.Path, command.many(int)
     add("--workdir", type=folder, required=True, help="the run")
     add("--data", type=folder, default=folder("data/needles"), help="the videos")
     add("--frames", type=numbers, default=(512, 2048), help="lengths of videos")
     add("--blocks", type=numbers, default=(64, 256), help="frames of a block")
     add("--max_videos", type=int, default=20, help="of each length")
-    add("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args(argv)
-    args.said = " ".join(argv)
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = _parse(sys.argv[1:] if argv is None else argv)
-    jax.config.update("jax_compilation_cache_dir", str(args.workdir / "compiled"))
-    try:
-        rows = list(run(args))
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    found = {
-        "command": f"python -m timeviper_jax.benchmarks.open_ended {args.said}",
-        "rows": rows,
-    }
-    print(json.dumps(found, indent=1) if args.json else "\n".join(table(rows)))
+    command.measure("open_ended", parser, argv, run, table)
 
 
 if __name__ == "__main__":

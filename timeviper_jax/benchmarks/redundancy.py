@@ -13,18 +13,16 @@ repeats, in seconds for 1,000 frames of the video; decoding is not in it.
 
 import argparse
 import dataclasses
-import json
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
+from timeviper_jax.benchmarks import command
 from timeviper_jax.data.conversation import Media, Turn
 from timeviper_jax.data.redundancy import Changes
 from timeviper_jax.data.video import read_frames
@@ -171,13 +169,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    many = lambda kind: lambda text: tuple(kind(part) for part in text.split(","))
+def main(argv: Sequence[str] | None = None) -> None:
+    parser, many = command.parser(__doc__), command.many
     add, folder = parser.add_argument, pathlib.Path
     add("--workdir", type=folder, default=folder("runs/demo"), help="the runs")
     add("--data", type=folder, default=folder("data/needles"), help="the videos")
@@ -185,25 +178,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--frames", type=many(int), default=(32, 512), help="lengths of videos")
     add("--thresholds", type=many(float), default=(0.0, 0.05, 0.1, 0.2, 0.3, 0.4))
     add("--max_videos", type=int, default=40, help="of each length")
-    add("--json", action="store_true", help="print what redundancy.json holds")
-    args = parser.parse_args(argv)
-    args.said = " ".join(argv)
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = _parse(sys.argv[1:] if argv is None else argv)
-    jax.config.update("jax_compilation_cache_dir", str(args.workdir / "compiled"))
-    try:
-        rows = list(run(args))
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    found = {
-        "command": f"python -m timeviper_jax.benchmarks.redundancy {args.said}",
-        "rows": rows,
-    }
+    args, found = command.measure("redundancy", parser, argv, run, table)
     report.write_json(args.workdir / "redundancy.json", found)
-    print(json.dumps(found) if args.json else "\n".join(table(rows)))
 
 
 if __name__ == "__main__":
