@@ -1,8 +1,11 @@
 """Loss and gradients on eight simulated devices against one device's, a mesh a line.
 
 export XLA_FLAGS=--xla_force_host_platform_device_count=8
-python -m tests.training.meshes packed 1,2,2,2 8,1,1,1
-python -m tests.training.meshes hlo 1,2,2,2         # The compiled program instead.
+python -m tests.training.meshes mixed 1,2,2,2 8,1,1,1   # Packed rows and others.
+python -m tests.training.meshes plain 1,2,2,2           # And the compiled program.
+
+The `mixed` model is rolled, with each kind of layer once: a program takes 8 seconds to
+compile. The `plain` one is unrolled, with two stages of TransV.
 """
 
 import dataclasses
@@ -28,7 +31,7 @@ from timeviper_jax.training.parameters import merge, split
 FRAMES, TEXT, ROWS, ANSWER = 8, 16, 8, 8
 
 _TINY = PRESETS["tiny"]
-# Eight of everything that a mesh of eight may split.
+# Eight of everything that a mesh of eight may split, and each kind of layer once.
 CONFIG = dataclasses.replace(
     _TINY,
     vision=dataclasses.replace(
@@ -36,7 +39,7 @@ CONFIG = dataclasses.replace(
     ),
     llm=dataclasses.replace(
         _TINY.llm,
-        pattern="M*-M*",
+        pattern="M*-",
         vocab_size=64,
         num_heads=16,
         num_kv_heads=8,
@@ -46,6 +49,15 @@ CONFIG = dataclasses.replace(
         chunk_size=4,
         rolled=True,
         remat=True,
+        transv=(Stage(layer=1, keep=0.5, select="attention"),),
+    ),
+)
+TWO_STAGES = dataclasses.replace(
+    CONFIG,
+    llm=dataclasses.replace(
+        CONFIG.llm,
+        pattern="M*-M*",
+        rolled=False,
         transv=(
             Stage(layer=2, keep=0.5, select="uniform"),
             Stage(layer=4, keep=0.25, select="attention"),
@@ -54,14 +66,15 @@ CONFIG = dataclasses.replace(
 )
 
 
-def make_batch(*, packed: bool) -> Batch:
-    """Rows of one sample, or of two of different lengths."""
+def make_batch(*, samples: int) -> Batch:
+    """Rows of one sample; with 2 `samples` every other row has two, not of a length."""
     rng = np.random.default_rng(0)
     V = CONFIG.tokens_per_frame
     T = FRAMES * V + TEXT
     roles, segment_ids = np.zeros((2, ROWS, T), np.int32)
     for b in range(ROWS):
-        frames = (b % 3 + 2, FRAMES - b % 3 - 2) if packed else (FRAMES - b % 2,)
+        packed = b % samples == 1
+        frames = (b % 3 + 2, FRAMES - b % 3 - 2) if packed else (FRAMES - b % 3,)
         start = 0
         for segment, n in enumerate(frames, start=1):
             text = TEXT // len(frames) - b % 2
@@ -79,7 +92,7 @@ def make_batch(*, packed: bool) -> Batch:
         loss_mask=roles == Role.ANSWER,
         frames=rng.integers(0, 256, (ROWS, FRAMES, size, size, 3)).astype(np.uint8),
         frame_times=np.tile(np.arange(FRAMES, dtype=np.float32), (ROWS, 1)),
-        num_segments=2 if packed else 1,
+        num_segments=samples,
     )
 
 
@@ -94,13 +107,19 @@ def gradients(graph, params, batch):
     return jax.value_and_grad(loss)(params)
 
 
-def compare(graph, params, batch, want, sizes) -> dict:
-    """The largest difference of any parameter's gradient, and the loss's."""
+def run(graph, params, batch, sizes) -> tuple[tuple, str]:
+    """Loss and gradients on a mesh, and the program that made them."""
     mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
     params = jax.device_put(params, sharding.shard_params(params, mesh))
+    batch = sharding.put(batch, mesh)
     with jax.set_mesh(mesh):
-        got = gradients(graph, params, sharding.put(batch, mesh))
-    loss, grads = jax.device_get(got)
+        compiled = gradients.lower(graph, params, batch).compile()
+        return jax.device_get(compiled(params, batch)), compiled.as_text()
+
+
+def compare(got, want, sizes) -> dict:
+    """The largest difference of any parameter's gradient, and the loss's."""
+    loss, grads = got
     own = {path: np.abs(array).max() for path, array in want[1].items()}
     # A bias of keys moves all logits alike: its gradient is nothing but rounding.
     own = {path: own[path.replace("/k/bias", "/q/bias")] for path in own}
@@ -117,40 +136,28 @@ def compare(graph, params, batch, want, sizes) -> dict:
     )
 
 
-def make_model():
+def make_model(cfg):
     """Parameters of which none is special, and which rounding hardly matters to.
 
     With kernels of twice the size, changing each parameter by a bit changes gradients
     by 5e-5 of themselves, on one device; with these by 3e-6.
     """
-    graph, params = split(build(lambda: TimeViper(CONFIG, rngs=nnx.Rngs(0))))
+    graph, params = split(build(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)), seed=1))
     return graph, {
         path: array / 2 if path.endswith("kernel") else array
         for path, array in params.items()
     }
 
 
-def compile_unrolled(params, batch, sizes) -> str:
-    """The program of a step whose only loops are within layers."""
-    llm = dataclasses.replace(CONFIG.llm, rolled=False)
-    cfg = dataclasses.replace(CONFIG, llm=llm)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: TimeViper(cfg, rngs=nnx.Rngs(0))))
-    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
-    params = jax.device_put(params, sharding.shard_params(params, mesh))
-    with jax.set_mesh(mesh):
-        lowered = gradients.lower(graph, params, sharding.put(batch, mesh))
-        return lowered.compile().as_text()
-
-
 if __name__ == "__main__":
     what, *meshes = sys.argv[1:]
     cross_entropy._AT_ONCE = 256  # Else all of these logits would stand at once.
-    graph, params = make_model()
-    batch = make_batch(packed=what == "packed")
+    graph, params = make_model(TWO_STAGES if what == "plain" else CONFIG)
+    batch = make_batch(samples=1 if what == "plain" else 2)
     meshes = [tuple(map(int, mesh.split(","))) for mesh in meshes]
-    if what == "hlo":
-        print(compile_unrolled(params, batch, *meshes))
-        sys.exit()
     want = gradients(graph, params, jax.tree.map(jnp.asarray, batch))
     for sizes in meshes:
-        print(json.dumps(compare(graph, params, batch, want, sizes)), flush=True)
+        got, program = run(graph, params, batch, sizes)
+        print(json.dumps(compare(got, want, sizes)), flush=True)
+        if what == "plain":
+            print(program)
