@@ -14,7 +14,8 @@ from timeviper_jax.training import experiment
 from timeviper_jax.training.experiment import StageConfig
 
 # Those of the pods that large models are meant for, and the eight devices of the tests.
-_PODS = [(1, 64, 1, 1), (1, 8, 8, 1), (4, 16, 4, 1), (1, 4, 1, 16)]
+_PODS = [(1, 64, 1, 1), (1, 8, 8, 1), (4, 16, 4, 1), (1, 4, 1, 16), (1, 4, 4, 16)]
+_PODS += [(1, 64, 1, 4), (1, 8, 1, 8)]
 _FEW_KV_HEADS = [(1, 64, 1, 1), (1, 32, 2, 1), (4, 8, 2, 1), (1, 4, 1, 16)]
 MESHES = {
     "nano_9b": _PODS,
@@ -126,10 +127,13 @@ def test_a_mesh_takes_every_device():
     assert sharding.make_mesh(fsdp=-1).shape["fsdp"] == 1
 
 
+_WORDS = ("tensor", "fsdp", "context")
+
+
 def test_moments_live_where_their_parameters_do():
     mesh = sharding.make_mesh(fsdp=-1)
     params = {"llm/head/kernel": 0.0, "llm/norm/scale": 0.0}
     state = ({"count": 0}, {"mu": dict(params)})
     places = sharding.shard_like_params(state, params, mesh)
-    assert places[1]["mu"]["llm/head/kernel"].spec == P(None, ("tensor", "fsdp"))
+    assert places[1]["mu"]["llm/head/kernel"].spec == P(None, _WORDS)
     assert places[0]["count"].spec == P()

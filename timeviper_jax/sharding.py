@@ -7,7 +7,8 @@ leading axis of layers whole, as every device runs every layer.
 
 Under a mesh, modules run on each device's shards (`on_shards`): rows are split over
 data and fsdp, their tokens over context, heads and channels over tensor; parameters
-are gathered over fsdp, in the dtype they are computed with, where they are used.
+are gathered over fsdp and context where they are used, in the dtype of computation.
+The encoder's are split over fsdp and tensor alone: its widths have few powers of two.
 """
 
 import functools
@@ -27,12 +28,14 @@ from jaxtyping import Array, Float, Shaped
 Tree = TypeVar("Tree")
 AnyMesh = Mesh | AbstractMesh  # The latter has sizes, and no devices.
 
-# `data` replicates parameters; `fsdp` and `tensor` split them; `context` splits time.
+# `data` replicates parameters, the others split them; `context` splits time as well.
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = P(("data", "fsdp"))
 TOKENS = P(("data", "fsdp"), "context")
 FRAMES = P(("data", "fsdp"), ("context", "tensor"))
 _SPLIT = ("tensor", "fsdp")
+_ALL = ("tensor", "fsdp", "context")
+_GATHERED = ("fsdp", "context")  # Of a module's parameters, where it runs.
 
 _ONE_OF_TWO = "(?:(?:first|second)/)?"
 _VISION = f"vision/{_ONE_OF_TWO}"
@@ -40,13 +43,14 @@ _VISION = f"vision/{_ONE_OF_TWO}"
 # A pattern matches a whole path, and every path matches exactly one pattern.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
     # Stacked on a leading axis of layers.
-    (r"llm/attention/mixer/[qkv]/kernel", P(None, None, "tensor", "fsdp")),  # D N H
-    (r"llm/attention/mixer/out/kernel", P(None, "tensor", "fsdp", None)),  # N H D
+    (r"llm/attention/mixer/[qkv]/kernel", P(None, "context", "tensor", "fsdp")),
+    (r"llm/attention/mixer/out/kernel", P(None, "tensor", "fsdp", "context")),
     (r"llm/attention/mixer/[qkv]/bias", P(None, "tensor", "fsdp")),  # N H
-    (r"llm/mlp/mixer/(up|gate)/kernel", P(None, None, _SPLIT)),  # D M
-    (r"llm/mlp/mixer/down/kernel", P(None, _SPLIT, None)),  # M D
-    (r"llm/mamba/mixer/in_[zxbc]/kernel", P(None, None, _SPLIT)),
-    (r"llm/mamba/mixer/out/kernel", P(None, _SPLIT, None)),
+    # Few powers of two are in an MLP's width, so that context takes the model's.
+    (r"llm/mlp/mixer/(up|gate)/kernel", P(None, "context", _SPLIT)),  # D M
+    (r"llm/mlp/mixer/down/kernel", P(None, _SPLIT, "context")),  # M D
+    (r"llm/mamba/mixer/in_[zxbc]/kernel", P(None, "context", _SPLIT)),
+    (r"llm/mamba/mixer/out/kernel", P(None, _ALL, None)),
     # One number a head: too small to gather again in every layer.
     (r"llm/mamba/mixer/in_dt/kernel", P(None, None, "tensor")),
     (r"llm/mamba/mixer/(a_log|d|dt_bias)", P(None, "tensor")),
@@ -60,12 +64,12 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (rf"{_VISION}blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
     (rf"{_VISION}blocks/.*/(bias|scale)", P()),
     # Not stacked.
-    (r"llm/embed/embedding", P("tensor", "fsdp")),  # vocab D
-    (r"llm/head/kernel", P(None, _SPLIT)),  # D vocab
+    (r"llm/embed/embedding", P(("tensor", "context"), "fsdp")),  # vocab D
+    (r"llm/head/kernel", P(None, _ALL)),  # D vocab
     (r"llm/norm/scale", P()),
-    (r"llm/transv/\d+/[qkv]/kernel", P(None, "tensor", "fsdp")),
+    (r"llm/transv/\d+/[qkv]/kernel", P("context", "tensor", "fsdp")),
     (r"llm/transv/\d+/[qkv]/bias", P("tensor", "fsdp")),
-    (r"llm/transv/\d+/out/kernel", P("tensor", "fsdp", None)),
+    (r"llm/transv/\d+/out/kernel", P("tensor", "fsdp", "context")),
     (r"llm/transv/\d+/alpha", P()),
     (rf"projector/{_ONE_OF_TWO}layers/\d+/kernel", P("fsdp", "tensor")),
     (rf"projector/{_ONE_OF_TWO}layers/\d+/bias", P()),
@@ -271,7 +275,7 @@ def on_shards(
     out_specs: Any,
     dtype: str,
     stacked: bool = False,
-    gathered: tuple[str, ...] = ("fsdp",),
+    gathered: tuple[str, ...] = _GATHERED,
 ) -> Any:
     """`run(*modules, *args)` on every device, each with its shards of all arrays.
 

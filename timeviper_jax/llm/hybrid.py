@@ -344,7 +344,7 @@ class HybridLM(nnx.Module):
             in_specs=(sharding.TOKENS,),
             out_specs=sharding.TOKENS,
             dtype=self.cfg.dtype,
-            gathered=(),
+            gathered=("context",),
         )
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:

@@ -2,7 +2,7 @@
 
 Tokens go through the head some at a time, forward and backward. Under a mesh the
 vocabulary stays split as the head's parameters are: each device has its words for the
-tokens of all rows that fsdp splits, and what they add up to is a number a token.
+tokens of all rows, and what they add up to is a number a token.
 """
 
 import functools
@@ -17,7 +17,9 @@ from timeviper_jax import sharding
 
 # So many logits stand at once: 128 MiB of them.
 _AT_ONCE = 2**25
-_VOCABULARY = ("tensor", "fsdp")
+_VOCABULARY = ("tensor", "fsdp", "context")
+# Rows and tokens are split over these, and every device sees them all.
+_TOKENS = ("fsdp", "context")
 
 
 def cross_entropy(
@@ -44,11 +46,14 @@ def cross_entropy(
 
 
 def _on_shards(run, hidden, head, targets):
-    rows = len(hidden)
-    hidden, targets = lax.all_gather((hidden, targets), "fsdp", axis=0, tiled=True)
+    own = targets.shape
+    for dim, name in enumerate(_TOKENS):
+        hidden, targets = lax.all_gather((hidden, targets), name, axis=dim, tiled=True)
     of_all = run(hidden, head, targets, axes=_VOCABULARY)
-    first = lax.axis_index("fsdp") * rows
-    return jax.tree.map(lambda z: lax.dynamic_slice_in_dim(z, first, rows), of_all)
+    first = [
+        lax.axis_index(name) * size for name, size in zip(_TOKENS, own, strict=True)
+    ]
+    return jax.tree.map(lambda z: lax.dynamic_slice(z, first, own), of_all)
 
 
 def _losses(

@@ -211,6 +211,9 @@ def check_mesh(
     for name in [name for kind in heads if kind in llm.pattern for name in heads[kind]]:
         sharding.check_divides(name, getattr(llm, name), mesh, "tensor")
     sharding.check_divides("embed_dim", llm.embed_dim, mesh, "tensor")
+    if isinstance(task, TextTask):
+        tokens = task.num_frames * cfg.tokens_per_frame + task.text_tokens
+        sharding.check_divides("A row's tokens", tokens, mesh, "context")
     _, shapes = describe(cfg)
     sharding.check_params(shapes, mesh)
     rows, over = divmod(stage.batch_size, stage.accumulate)
@@ -220,9 +223,6 @@ def check_mesh(
             f" accumulate={stage.accumulate} parts."
         )
     sharding.check_divides("batch_size / accumulate", rows, mesh, "data", "fsdp")
-    if isinstance(task, TextTask):
-        tokens = task.num_frames * cfg.tokens_per_frame + task.text_tokens
-        sharding.check_divides("A row's tokens", tokens, mesh, "context")
 
 
 def fill(cfg: TimeViperConfig, params: Params, seed: int, mesh: Mesh) -> Params:

@@ -47,7 +47,8 @@ def _gathered(
     """A parameter's bytes where it is used, and over how many shards it is gathered."""
     spec, mesh = sharding.spec_of(path), step.mesh.shape
     axes = [name for entry in spec for name in _names(entry)]
-    whole = ("fsdp",) if path.startswith("llm/") else ("fsdp", "tensor")
+    other = "context" if path.startswith("llm/") else "tensor"
+    whole = ("fsdp", other)
     shards = math.prod(mesh[name] for name in axes if name in whole)
     kept = math.prod(mesh[name] for name in axes if name not in whole)
     part = step.cfg.vision if path.startswith("vision/") else step.cfg.llm
@@ -82,7 +83,8 @@ def _gradients(step: Program) -> int | float:
     mesh, total = step.mesh.shape, 0.0
     for path, array in step.arguments.state.params.items():
         size, shards = _gathered(step, path, array.shape)
-        copies = mesh["data"] * mesh["context"]
+        split = {name for entry in sharding.spec_of(path) for name in _names(entry)}
+        copies = math.prod(mesh[name] for name in {"data", "context"} - split)
         if not _is_words(path):
             total += joined(size, shards)
         total += 2 * joined(size / shards, copies)
@@ -155,12 +157,18 @@ def _moved(step: Program) -> int | float:
 
 
 def _words(step: Program) -> int | float:
-    """Embeddings of a row's tokens from their channels, answers to their words."""
+    """Embeddings of a row's tokens from their channels, answers to their words.
+
+    Of the channels that it has, a device looks up the words of all of context.
+    """
     mesh, llm, task = step.mesh.shape, step.cfg.llm, step.stage.task
     before, *_ = program.segment_tokens(step.cfg, step.stage)
     token = llm.embed_dim * _width(step)
     embedded = _rows(step) * before / mesh["context"] * token
     answers = _rows(step) * task.answer_tokens / mesh["context"] * token
-    to_all = (mesh["fsdp"] - 1) * answers
-    summed = joined(embedded + mesh["fsdp"] * answers, mesh["tensor"])
-    return 2 * (joined(embedded, mesh["fsdp"]) + to_all) + 2 * summed
+    shards = mesh["fsdp"] * mesh["context"]
+    to_all = (shards - 1) * answers
+    summed = joined(embedded + shards * answers, mesh["tensor"])
+    table = llm.vocab_size * token / (mesh["fsdp"] * mesh["tensor"])
+    moved = joined(embedded, mesh["fsdp"]) + joined(table, mesh["context"]) + to_all
+    return 2 * moved + 2 * summed
