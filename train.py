@@ -108,7 +108,7 @@ def check_same_run(config: dict, record: checkpoint.RunRecord, workdir: str) -> 
         name
         for name in sorted({*now, *then})
         if now.get(name) != then.get(name)
-        and not {name, name.split(".")[0]} & MAY_CHANGE
+        and not any(f"{name}.".startswith(f"{part}.") for part in MAY_CHANGE)
     ]
     if differing:
         raise ValueError(

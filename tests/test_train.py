@@ -23,6 +23,7 @@ from timeviper_jax.llm.transv import Stage
 from timeviper_jax.training import experiment
 from timeviper_jax.training.checkpoint import (
     Checkpoints,
+    RunRecord,
     load_model,
     load_params,
     open_run,
@@ -145,6 +146,18 @@ def test_another_config_does_not_continue_a_run(folder, unbroken):
     c.optimizer.weight_decay = 0.5
     with pytest.raises(ValueError, match=r"differs in \['optimizer.weight_decay'\]"):
         train.run(c, str(unbroken))
+
+
+def test_how_a_run_is_computed_may_change():
+    before = _config(pathlib.Path()).to_dict()
+    after = _config(pathlib.Path())
+    after.mesh.update(data=-1, fsdp=1)
+    after.max_redone, after.data.num_threads, after.data.workers.count = 900, 5, 2
+    record = RunRecord(step=1, stage="instruct", stage_step=1, config=before)
+    train.check_same_run(after.to_dict(), record, "here")
+    after.data.lanes = 2
+    with pytest.raises(ValueError, match=r"config differs in \['data.lanes'\]"):
+        train.check_same_run(after.to_dict(), record, "here")
 
 
 def test_a_run_can_begin_with_the_parameters_of_another(folder, unbroken, monkeypatch):

@@ -10,8 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from timeviper_jax import checksums, sharding
-from timeviper_jax.benchmarks.faults.places import stalled_after_a_step
+from timeviper_jax.benchmarks.faults.places import stalled_after_a_step, still_since
 from timeviper_jax.benchmarks.faults.training import (
+    DECODING_APART,
     EVERY,
     STRICT,
     Run,
@@ -107,10 +108,11 @@ def fill_disk(setting: Setting, unbroken: Run) -> dict[str, Any]:
 def hang(setting: Setting, *, limit: float) -> dict[str, Any]:
     """Data that never come: past the limit all stacks are printed and it ends."""
     run = setting.run("hung")
-    with run.process(f"limits.data={limit}") as process:
-        with stalled_after_a_step(run, process) as since:
-            status = process.wait()
+    with run.process(DECODING_APART, f"limits.data={limit}") as process:
+        with stalled_after_a_step(run, process):
+            since = still_since(run, lambda _: process.poll() is not None)
             seconds = time.monotonic() - since
+            status = process.wait()
     log = run.log()
     stacks = log.count("Thread 0x") + log.count("Current thread 0x")
     return dict(

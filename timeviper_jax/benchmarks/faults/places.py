@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from timeviper_jax.benchmarks.faults.training import (
+    DECODING_APART,
     Run,
     Setting,
     ask,
@@ -20,6 +21,7 @@ from timeviper_jax.benchmarks.faults.training import (
 STOPPED = 75
 # Of a loss after all steps on other devices; other samples change it by hundredths.
 _ROUNDING = 1e-6
+_STILL = 10.0  # Seconds without a step, after which a run waits for data.
 
 
 def ask_everywhere(setting: Setting, unbroken: Run) -> dict[str, Any]:
@@ -36,6 +38,9 @@ def ask_everywhere(setting: Setting, unbroken: Run) -> dict[str, Any]:
     good = all(
         place["status"] == STOPPED and not place["lost"] for place in places.values()
     )
+    # Each signal came where it was meant to.
+    good &= not places["compile"]["steps_before"]
+    good &= places["data"]["waited"] >= _STILL / 2
     return dict(
         places=places, steps_that_differ=wrong, ok=good and not status and not wrong
     )
@@ -84,28 +89,30 @@ def _in_validation(run: Run) -> dict[str, Any]:
 
 
 def _in_data_wait(run: Run) -> dict[str, Any]:
-    """Every video becomes a pipe that nobody writes to."""
-    with run.process() as process:
+    """What was read ahead is used up, and no more comes."""
+    with run.process(DECODING_APART) as process:
         with stalled_after_a_step(run, process):
-            return _asked(run, process, signal.SIGTERM)
+            still_since(run, lambda since: time.monotonic() > since + _STILL)
+            told = _asked(run, process, signal.SIGTERM)
+    return dict(told, waited=round(run.waited(), 2))
 
 
 @contextlib.contextmanager
-def stalled_after_a_step(run: Run, process: subprocess.Popen) -> Iterator[float]:
-    """Lets a run come to wait for data that never come; gives when it last logged."""
+def stalled_after_a_step(run: Run, process: subprocess.Popen) -> Iterator[None]:
+    """Lets a run make a step, and within it no more data come."""
     begun = run.last()
     wait_for(lambda: run.last() > begun, process)
-    with stalled(sorted(run.setting.data.glob("*.mp4"))):
-        yield _still(run.last)
+    with stalled(process):
+        yield
 
 
-def _still(value: Callable[[], int], seconds: float = 2.0) -> float:
-    """Waits until a value has been the same for so long; when it last changed."""
-    last, since = value(), time.monotonic()
-    while time.monotonic() < since + seconds:
+def still_since(run: Run, enough: Callable[[float], bool]) -> float:
+    """Looks until it is enough; when the run logged its last step."""
+    last, since = run.last(), time.monotonic()
+    while not enough(since):
         time.sleep(0.01)
-        if value() != last:
-            last, since = value(), time.monotonic()
+        if run.last() != last:
+            last, since = run.last(), time.monotonic()
     return since
 
 

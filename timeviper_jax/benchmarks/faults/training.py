@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from timeviper_jax import checksums
@@ -121,6 +121,13 @@ class Run:
         """The step that was logged last; 0 before the first."""
         return max(self.steps(), default=0)
 
+    def waited(self) -> float:
+        """Seconds of waiting for data, in the newest checkpoint and after its steps."""
+        folder = checksums.newest(self.folder / "checkpoints").folder
+        seconds = json.loads((folder / "run" / "metadata").read_bytes())["seconds"]
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return seconds["data"] - json.loads(lines[-1])["seconds_data"]
+
     def saved(self) -> int:
         """The step of the newest whole checkpoint; 0 without one."""
         folder = checksums.newest(self.folder / "checkpoints").folder
@@ -169,14 +176,20 @@ def differing(run: Run, unbroken: Run) -> list[int]:
     return [step for step, line in run.steps().items() if line != want[step]]
 
 
+# With it, `stalled` can keep a run from its data.
+DECODING_APART = "data.workers.count=1"
+
+
 @contextlib.contextmanager
-def stalled(paths: Sequence[pathlib.Path]) -> Iterator[None]:
-    """Files whose reader waits forever, as on a dead file server: named pipes."""
-    kept = [path.rename(path.with_suffix(".kept")) for path in paths]
-    for path in paths:
-        os.mkfifo(path)
+def stalled(process: subprocess.Popen) -> Iterator[None]:
+    """The process that decodes stands still, as it would on a dead file server."""
+    command = ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)]
+    children = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    lines = children.stdout.splitlines()
+    (decoder,) = (int(x.split()[0]) for x in lines if "timeviper_jax.data.worker" in x)
+    os.kill(decoder, signal.SIGSTOP)
     try:
         yield
     finally:
-        for path, real in zip(paths, kept, strict=True):
-            real.replace(path)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(decoder, signal.SIGKILL)
