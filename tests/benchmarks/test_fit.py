@@ -13,7 +13,8 @@ from pallas_kernels.bench import compiled
 from pallas_kernels.bench.chips import CHIPS
 from timeviper_jax import sharding
 from timeviper_jax.benchmarks.fit import __main__ as command
-from timeviper_jax.benchmarks.fit import hlo, least, program, report
+from timeviper_jax.benchmarks.fit import hlo, least, prefill, program, report, table
+from timeviper_jax.benchmarks.prefill import settings
 
 SMOKE = "configs/stage2_video.py:smoke"
 
@@ -151,6 +152,18 @@ def test_tensor_and_context_exchange_what_tokens_make():
     assert long["states_and_halos"] == 3 * 3 * 8 * (state + halo)
 
 
+def test_context_splits_parameters_and_moments_as_fsdp_does():
+    """But for the encoder's, and what is too small to gather again in every layer."""
+    split = lambda **sizes: program.bytes_of_a_chip(
+        {
+            path: array
+            for path, array in make(**sizes).arguments.state.opt_state[1].mu.items()
+            if path.startswith("llm/") and path.endswith(("kernel", "embedding"))
+        }
+    )
+    assert split(context=4) < 1.1 * split(fsdp=4) < 0.3 * split()
+
+
 def test_what_cannot_fit_is_said_with_the_arithmetic():
     config = program.read_config("configs/stage2_video.py:frames=144")
     mesh = AbstractMesh((1, 8, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
@@ -167,6 +180,23 @@ def test_the_arithmetic_needs_no_compiler():
     assert found["exchange_seconds"] < 1e-3
     with pytest.raises(ValueError, match="takes 4 chips and v5e:2x4 has 8"):
         report.reckon(config, "v5e:2x4", {"fsdp": 4})
+
+
+def test_a_row_of_the_table_is_of_the_chips_or_says_why_not():
+    row = table.Row("v5e:2x4", "fsdp=4,context=2", 8, 6)
+    start = "| v5e:2x4, 8 × 2,144 | fsdp=4,context=2 | "
+    assert table.line(row, {"error": "Too many."}) == start + "Too many. |"
+    config = program.read_config(SMOKE)
+    found = report.reckon(config, row.topology, command.axes(row.mesh), rows=row.rows)
+    cells = table.line(row, found).removeprefix(start).split(" | ")
+    assert len(cells) == len(table.HEADS[True].split(" | "))
+    assert cells[2].endswith(" (layer inputs)")
+
+
+def test_a_config_says_which_inference_to_compile():
+    config = program.read_config("configs/stage2_video.py:frames=512,transv=false")
+    setting = settings.make(**prefill.setting_of(config))
+    assert (setting.frames, setting.sizes.llm.transv) == (512, ())
 
 
 def test_what_is_asked_for_wrongly_is_said(monkeypatch):

@@ -5,7 +5,8 @@ python -m timeviper_jax.benchmarks.fit --config configs/stage2_video.py:frames=1
 
 Needs the TPU compiler (pip install libtpu), and no chip. docs/pods.md says what the
 lines mean. What cannot fit is said at once, before anything is compiled;
---arithmetic says only what a chip must hold and take in, in seconds.
+--arithmetic says only what a chip must hold and take in, in seconds. --prefill
+compiles inference of one video on one chip instead: no --mesh then.
 """
 
 import argparse
@@ -35,13 +36,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:ARG")
     parser.add_argument("--topology", required=True, help="such as v5p:4x4x4")
-    parser.add_argument("--mesh", type=axes, required=True, help="fsdp=4,context=16")
+    parser.add_argument("--mesh", type=axes, default={}, help="fsdp=4,context=16")
     parser.add_argument("--rows", type=int, default=0, help="instead of batch_size")
     parser.add_argument(
         "--arithmetic", action="store_true", help="only what needs no compiler"
     )
+    parser.add_argument(
+        "--prefill", action="store_true", help="inference of one video, on one chip"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON only")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not options.prefill and not options.mesh:
+        parser.error("a training step needs --mesh, such as --mesh fsdp=64.")
+    return options
 
 
 def main() -> None:
@@ -50,16 +57,15 @@ def main() -> None:
         sys.exit("The TPU compiler is not installed: pip install libtpu.")
     os.environ.update(compiled.ENVIRONMENT | _OPTIONS)
     # Later than the environment, which JAX reads when it is imported.
-    from timeviper_jax.benchmarks.fit import program, report
+    from timeviper_jax.benchmarks.fit import prefill, program, report
 
     try:
-        run = report.reckon if options.arithmetic else report.fit
-        found = run(
-            program.read_config(options.config),
-            options.topology,
-            options.mesh,
-            rows=options.rows,
-        )
+        config = program.read_config(options.config)
+        if options.prefill:
+            found = prefill.fit(config, options.topology)
+        else:
+            run = report.reckon if options.arithmetic else report.fit
+            found = run(config, options.topology, options.mesh, rows=options.rows)
     except ValueError as error:
         sys.exit(str(error))
     if options.json:
