@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -175,4 +176,30 @@ def _write(
     at: Int[Array, ""],
 ) -> Float[Array, "A B K C H"]:
     new = jnp.swapaxes(new, 1, 2)[None].astype(slots.dtype)
+    if new.shape[3] == 1 and slots.shape[3] % _TILE == 0:
+        return _write_one(slots, new, index, at)
     return jax.lax.dynamic_update_slice(slots, new, (index, 0, 0, at, 0))
+
+
+# Tokens in a tile of a TPU's memory.
+_TILE = 8
+
+
+def _write_one(
+    slots: Float[Array, "A B K C H"],
+    new: Float[Array, "1 B K 1 H"],
+    index: Int[Array, ""] | int,
+    at: Int[Array, ""],
+) -> Float[Array, "A B K C H"]:
+    """Writes the tile that the token is in.
+
+    For a token within a tile XLA on TPU would turn the caches around, as a second copy,
+    so that each token is a tile.
+    """
+    tiles = einops.rearrange(slots, "A B K (c t) H -> A B K c t H", t=_TILE)
+    start = index, 0, 0, at // _TILE, 0, 0
+    size = (1, *new.shape[1:3], 1, _TILE, new.shape[4])
+    old = jax.lax.dynamic_slice(tiles, start, size)
+    here = (jnp.arange(_TILE) == at % _TILE)[:, None]
+    tile = jnp.where(here, new[:, :, :, None], old)
+    return jax.lax.dynamic_update_slice(tiles, tile, start).reshape(slots.shape)
