@@ -17,7 +17,7 @@ from golden_cases import GOLDEN, load, under
 
 from timeviper_jax.data.examples import Role
 from timeviper_jax.layers.attention import AttentionConfig
-from timeviper_jax.llm import transv
+from timeviper_jax.llm import ranking, transv
 from timeviper_jax.llm.hybrid import HybridLM, Output
 from timeviper_jax.llm.stream import Stream, make_stream
 from timeviper_jax.llm.transv import Stage
@@ -177,7 +177,7 @@ def test_the_first_question_or_all_text_from_it_on_receives():
 def test_the_last_instruction_ranks_or_else_the_last_before_the_answer():
     rows = ["tvvqqaat|tq", "tvva|vt|vvtaa"]
     stream = tiny.stream(rows, text=15, vision=5, samples=3)
-    assert transv.ranking_position(stream)[:, 1:].tolist() == [[4, 9, 0], [2, 5, 8]]
+    assert ranking.ranking_position(stream)[:, 1:].tolist() == [[4, 9, 0], [2, 5, 8]]
 
 
 def test_scores_are_the_layers_own_attention_on_the_raw_residual():
@@ -188,14 +188,14 @@ def test_scores_are_the_layers_own_attention_on_the_raw_residual():
     scores = tiny.quick_jit(lambda lm, s: lm.rank(lm.cfg.transv[0], s))(lm, stream)
     layer = lm.block("attention", 0).mixer
     q_kernel, k_kernel = (np.asarray(p.kernel[...]) for p in (layer.q, layer.k))
-    for sample, ranking, start in (("tvvvtvqqa", 7, 0), ("vvvq", 3, 9)):
-        x = tiny.embeddings(sample)[: ranking + 1]
-        q = np.einsum("D,DNH->NH", x[-1], q_kernel) * np.log(ranking + 1) / np.log(4)
+    for sample, last, start in (("tvvvtvqqa", 7, 0), ("vvvq", 3, 9)):
+        x = tiny.embeddings(sample)[: last + 1]
+        q = np.einsum("D,DNH->NH", x[-1], q_kernel) * np.log(last + 1) / np.log(4)
         k = np.repeat(np.einsum("TD,DKH->TKH", x, k_kernel), 2, axis=1)
         logits = np.einsum("NH,TNH->NT", q, k) / np.sqrt(8)
         weights = np.exp(logits - logits.max(1, keepdims=True))
         want = np.mean(weights / weights.sum(1, keepdims=True), axis=0)
-        np.testing.assert_allclose(scores[0, start:][: ranking + 1], want, **FLOAT32)
+        np.testing.assert_allclose(scores[0, start:][: last + 1], want, **FLOAT32)
 
 
 # The recorded cases.

@@ -13,13 +13,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from timeviper_jax import sharding
@@ -29,8 +27,7 @@ from timeviper_jax.layers.layout import Layout
 from timeviper_jax.layers.mamba2 import Mamba2, Mamba2Config
 from timeviper_jax.layers.mlp import MLP, GatedMLP, MLPConfig
 from timeviper_jax.layers.norm import RMSNorm
-from timeviper_jax.llm import repeats, rolled, transv
-from timeviper_jax.llm.rows import read_tokens
+from timeviper_jax.llm import ranking, repeats, rolled, transv
 from timeviper_jax.llm.stream import Stream, take
 from timeviper_jax.llm.transv import Dropped, Stage
 
@@ -540,30 +537,10 @@ class HybridLM(nnx.Module):
         return sum(stage.transfer for stage in self.cfg.transv[:stage_index])
 
     def rank(self, stage: Stage, stream: Stream) -> Float[Array, "B T"]:
-        """How much the last instruction token attends to each token at this layer.
-
-        Uses the layer's own q and k on the raw residual, before the block's norm, as
-        the published weights mean it. No gradient flows through a ranking.
-        """
+        """How much the last instruction token attends to each token at this layer."""
         kind, index = self.cfg.layers[stage.layer]
-        graph, params = nnx.split(self.block(kind, index))
-        layer = nnx.merge(graph, jax.lax.stop_gradient(params))
-        x = jax.lax.stop_gradient(stream.x)
-        at = transv.ranking_position(stream)
-        counts = take(stream.layout.counts(), at)
-        args = x, read_tokens(x, at), counts, _visible(stream, at)
-        if sharding.active_mesh() is None:
-            return _scores(layer, *args)
-        specs = (sharding.TOKENS, sharding.BATCH, sharding.BATCH)
-        return sharding.on_shards(
-            functools.partial(_scores_of_all, axis=sharding.context_axis()),
-            {f"llm/{kind}": layer},
-            *args,
-            in_specs=(*specs, P(*sharding.BATCH, None, "context")),
-            out_specs=sharding.BATCH,
-            dtype=self.cfg.dtype,
-            stacked=True,
-        )
+        block, dtype = self.block(kind, index), self.cfg.dtype
+        return ranking.rank(block, stream, path=f"llm/{kind}", dtype=dtype)
 
     def init_transfers(self) -> None:
         """Starts each transfer as the nearest self-attention at or after its layer."""
@@ -648,33 +625,3 @@ def _embed_shard(embed: nnx.Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B
     x = jnp.where(here[..., None], embed(jnp.where(here, own, 0)), 0)
     x = jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
     return sharding.sum_shards(x, "tensor")
-
-
-def _scores(
-    layer: Block,
-    x: Float[Array, "B T D"],
-    asking: Float[Array, "B Z D"],
-    counts: Int[Array, "B Z"],
-    visible: Bool[Array, "B Z T"],
-    *,
-    axis: str | None = None,
-) -> Float[Array, "B T"]:
-    """Attention of the `asking` tokens, which see `counts` tokens, to those of x."""
-    q, k = layer.mixer.query(asking, counts), layer.mixer.k(x)
-    return transv.attention_scores(q, k, visible, axis=axis)
-
-
-def _scores_of_all(*args: Any, axis: str | None) -> Float[Array, "B T"]:
-    """`_scores` of whole rows, by all heads, on each device."""
-    scores = jax.lax.pmean(_scores(*args, axis=axis), "tensor")
-    if axis is None:
-        return scores
-    return jax.lax.all_gather(scores, axis, axis=1, tiled=True)
-
-
-def _visible(stream: Stream, at: Int[Array, "B Z"]) -> Bool[Array, "B Z T"]:
-    """The tokens of its own sample up to each ranking token."""
-    T = stream.segment_ids.shape[1]
-    ids = jnp.arange(stream.num_segments + 1)[None, :, None]
-    mine = (stream.segment_ids[:, None, :] == ids) & (ids > 0)
-    return mine & (jnp.arange(T) <= at[..., None])
