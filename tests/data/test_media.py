@@ -1,6 +1,7 @@
 """What strangers' files may be, and that nothing else is opened."""
 
 import os
+import re
 import struct
 import zlib
 
@@ -137,3 +138,23 @@ def test_a_recording_that_begins_at_a_later_key_frame_is_one_of_what_is_left(
     path.write_bytes(whole[:_TABLES] + whole[len(whole) // 10 :])
     assert probe(path).duration == 22
     np.testing.assert_array_equal(read(read_frames(path, [0.1, 21.9], 64)), [8, 95])
+
+
+@pytest.mark.parametrize(
+    "order, message",
+    [
+        ("bframes=0", r"only \d+ of 96 frames .* or its frames last differently"),
+        # Frames that were to be shown before the hole lean on others beyond it.
+        ("bframes=3", "a frame of .* s comes after later ones"),
+    ],
+)
+def test_a_hole_in_a_video_that_counts_no_frames_is_noticed(
+    film, tmp_path, order, message
+):
+    options = {"x264-params": order}
+    whole = film(f"{order}.mkv", 96, fps=4, options=options).read_bytes()
+    _, second, third, *_ = re.finditer(b"\x1f\x43\xb6\x75", whole)  # Clusters.
+    path = tmp_path / "hole.mkv"
+    path.write_bytes(whole[: second.start()] + whole[third.start() :])
+    with pytest.raises(VideoError, match=message):
+        read_frames(path, np.arange(0.125, 24, 0.25), 64)

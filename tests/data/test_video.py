@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from tests.data.conftest import draw, read
-from timeviper_jax.data import video
 from timeviper_jax.data.video import (
     VideoError,
     fps_times,
@@ -14,6 +13,7 @@ from timeviper_jax.data.video import (
     read_frames,
     sample_times,
 )
+from timeviper_jax.data.video_reader import VideoReader
 
 FASTSTART = {"movflags": "faststart"}
 
@@ -90,9 +90,9 @@ def test_a_sought_frame_costs_no_more_than_the_frames_since_its_key_frame(
     film, monkeypatch
 ):
     decoded = []
-    whole = video._Reader._decode_packets
+    whole = VideoReader._decode_packets
     monkeypatch.setattr(
-        video._Reader,
+        VideoReader,
         "_decode_packets",
         lambda self: (decoded.append(len(f[0])) or f for f in whole(self)),
     )

@@ -210,8 +210,8 @@ def _check_numbers(dataset: Dataset, limits: ManifestLimits, where: str) -> None
 def _check_format(dataset: Dataset, where: str) -> None:
     if dataset.kind not in FORMATS:
         raise ManifestError(
-            f"{where}: format={dataset.format!r} is not one of {FORMATS}, nor one of"
-            " them with _packed."
+            f"{where}: format={shown(dataset.format)} is not one of {FORMATS}, nor one"
+            " of them with _packed."
         )
     if dataset.format.endswith("_packed") != (dataset.pack_size > 1):
         raise ManifestError(
@@ -229,7 +229,7 @@ def _check_sampling(dataset: Dataset, where: str) -> None:
         )
     if frames != "auto" and not isinstance(frames, int):
         raise ManifestError(
-            f"{where}: video_num_frames={frames!r}; use a count or auto."
+            f"{where}: video_num_frames={shown(frames)}; use a count or auto."
         )
     if frames != "auto" and kind.startswith("fps"):
         raise ManifestError(
