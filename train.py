@@ -39,7 +39,9 @@ from timeviper_jax.data import (
     shapes,
 )
 from timeviper_jax.data.features import FeatureStore
+from timeviper_jax.data.media import VideoError
 from timeviper_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from timeviper_jax.data.workers import decoder
 from timeviper_jax.inference import encode
 from timeviper_jax.layers.lora import LoraConfig, adapted, is_lora, merged
 from timeviper_jax.layers.lora import init as init_lora
@@ -186,18 +188,27 @@ def encode_missing(
     c: ml_collections.ConfigDict,
     model: TimeViper,
     store: FeatureStore,
-    paths: list[str],
+    data: pipeline.DataConfig,
     mesh: jax.sharding.Mesh,
-    split: str,
     stop: StopRequest,
 ) -> None:
-    """Encodes the videos that the store lacks; stopped, it keeps what is done."""
-    missing = {path for path in paths if path not in store}
+    """Encodes the videos that the store lacks; stopped, it keeps what is done.
+
+    A video that cannot be read is noted there, and its samples are replaced.
+    """
+    items = manifest.load(data.manifest, data.split, root=data.root)
+    paths = {path for item in items for path in item.media}
+    missing = {path for path in paths if store.lacks(path)}
     if not missing:
         return
+
+    def refuse(path: str, error: VideoError) -> None:
+        logging.warning("Left out a video: %s", error)
+        store.refuse(path, error)
+
     if c.data.prepared:
         folder = pathlib.Path(c.data.manifest).parent
-        recorded = frames.recorded_videos(prepared_records(c, split))
+        recorded = frames.recorded_videos(prepared_records(c, data.split))
         videos = (
             (str(folder / file), pixels)
             for file, pixels in recorded
@@ -205,7 +216,11 @@ def encode_missing(
         )
     else:
         videos = frames.decoded_videos(
-            sorted(missing), model.cfg.fit, num_threads=c.data.num_threads
+            sorted(missing),
+            model.cfg.fit,
+            num_threads=data.num_threads,
+            media=decoder(data.media, data.workers),
+            on_error=refuse,
         )
     run = encode.make_encoder(model, mesh, batch_size=c.data.encode_batch)
     done = encode.encode_videos(
@@ -319,9 +334,7 @@ def run_stages(
                 model = merge(graph, adapt({**frozen, **state.params}))
                 store = FeatureStore(c.data.features, encode.fingerprint(model))
                 for some in (data, held_out) if c.validation.every else (data,):
-                    items = manifest.load(some.manifest, some.split, root=some.root)
-                    paths = sorted({path for item in items for path in item.media})
-                    encode_missing(c, model, store, paths, mesh, some.split, stop)
+                    encode_missing(c, model, store, some, mesh, stop)
             begin = functools.partial(
                 pipeline.make_batches, tokenizer=tokenizer, features=store, **hosts
             )

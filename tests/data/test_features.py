@@ -1,6 +1,9 @@
 """Features are found by what a file holds and by who encoded it."""
 
 import errno
+import os
+import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -111,6 +114,28 @@ def test_a_write_that_fails_leaves_nothing_to_be_found(tmp_path, video, monkeypa
     with pytest.raises(OSError, match="disk full"):
         store.put(video, features())
     assert video not in store
+
+
+def test_a_file_that_was_refused_is_not_tried_again(tmp_path, video):
+    store = FeatureStore(tmp_path / "store", "vit-1")
+    assert store.lacks(video)
+    store.refuse(video, VideoError("cut short"))
+    again = FeatureStore(tmp_path / "store", "vit-1")
+    assert not again.lacks(video) and video not in again
+    with pytest.raises(VideoError, match=r"refused .*cut short.* remove (.*) to") as e:
+        again.at(video, np.zeros(1))
+    pathlib.Path(re.search("remove (.*) to", str(e.value))[1]).unlink()
+    assert again.lacks(video)
+    again.put(video, features())
+    assert not again.lacks(video)
+
+
+def test_what_may_never_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    store = FeatureStore(tmp_path / "store", "vit-1")
+    assert not store.lacks(tmp_path / "pipe.mp4")
+    with pytest.raises(VideoError, match="pipe.mp4: no such file, or no plain one"):
+        store.get(tmp_path / "pipe.mp4")
 
 
 def test_a_missing_file_is_an_error(tmp_path):

@@ -1,10 +1,14 @@
 """Frames without questions: halves that show something, and videos put together."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from tests.data.conftest import read
 from timeviper_jax.data import frames, manifest, shapes
+from timeviper_jax.data.media import MediaLimits, VideoError
+from timeviper_jax.data.workers import WorkerConfig, decoder
 
 
 def _records(count, size=10):
@@ -77,9 +81,27 @@ def test_recorded_videos_are_whole():
 
 def test_decoded_videos_have_a_frame_a_second(film):
     paths = [str(film("a.mp4", 5)), str(film("b.mp4", 3))]
-    videos = list(frames.decoded_videos(paths, 64, num_threads=2))
+    media = decoder(MediaLimits(), WorkerConfig())
+    videos = list(frames.decoded_videos(paths, 64, num_threads=2, media=media))
     assert [path for path, _ in videos] == paths
     assert [read(f) for _, f in videos] == [[0, 1, 2, 3, 4], [0, 1, 2]]
+
+
+def test_videos_that_cannot_be_read_are_told_of(film, tmp_path):
+    paths = [str(tmp_path / "missing.mp4"), str(film("b.mp4", 3))]
+    told = []
+    videos = functools.partial(
+        frames.decoded_videos,
+        *(paths, 64),
+        num_threads=2,
+        media=decoder(MediaLimits(), WorkerConfig()),
+    )
+    ((path, _),) = videos(on_error=lambda *found: told.append(found))
+    assert path == paths[1]
+    ((path, error),) = told
+    assert path == paths[0] and isinstance(error, VideoError)
+    with pytest.raises(VideoError, match="missing.mp4: no such file"):
+        list(videos())
 
 
 def test_the_squares_are_a_manifest_of_both_kinds(tmp_path):

@@ -15,6 +15,7 @@ from timeviper_jax.data import lanes, workers
 from timeviper_jax.data.examples import Batch, Role
 from timeviper_jax.data.features import FeatureStore
 from timeviper_jax.data.images import Fit
+from timeviper_jax.data.media import VideoError
 from timeviper_jax.data.pipeline import DataConfig, TooManyBad, make_batches
 from timeviper_jax.data.tokenizer import ByteTokenizer
 from timeviper_jax.data.workers import WorkerConfig
@@ -375,7 +376,9 @@ def test_features_take_the_place_of_frames(dozen, tmp_path):
             np.broadcast_to(values[:, None, None], shape),
         )
     frames = next(make_batches(config(dozen), TOKENIZER, seed=0))
-    batch = next(make_batches(config(dozen), TOKENIZER, seed=0, features=store))
+    made = make_batches(config(dozen), TOKENIZER, seed=0, features=store)
+    batch = next(made)
+    assert made.skipped == 0
     assert batch.frames is None
     np.testing.assert_array_equal(batch.tokens, frames.tokens)
     np.testing.assert_array_equal(batch.frame_times, frames.frame_times)
@@ -383,3 +386,14 @@ def test_features_take_the_place_of_frames(dozen, tmp_path):
         length = 2 + number % 4
         want = [10 * length + i for i in range(length)] + [0] * (6 - length)
         assert batch.features[row, :, 0, 0].tolist() == want
+
+
+def test_samples_whose_file_was_refused_features_are_replaced(write, tmp_path):
+    path = write([item(i) for i in range(2)])
+    store = FeatureStore(tmp_path, "vit-1")
+    folder = path.rpartition("/")[0]
+    store.put(f"{folder}/0.mp4", np.ones((2, 2, 3), np.float16))
+    store.refuse(f"{folder}/1.mp4", VideoError("cut short"))
+    batches = make_batches(config(path), TOKENIZER, seed=0, features=store)
+    assert numbers(next(batches)) == [0] * 4
+    assert batches.bad == batches.skipped >= 2

@@ -22,6 +22,7 @@ from timeviper_jax.data.feature_file import FeatureFile, GrowingFile
 from timeviper_jax.data.video import Number, VideoError, probe
 
 _OPEN_FILES = 1024
+_REFUSED = ".refused"  # Ends the name of a note, which stands in the features' place.
 _LARGE_FILE = 1 << 26  # Bytes; a tenth of a second to read.
 
 
@@ -41,6 +42,23 @@ class FeatureStore:
     def __contains__(self, path: str | os.PathLike) -> bool:
         return self._place(path).exists()
 
+    def lacks(self, path: str | os.PathLike) -> bool:
+        """Whether a file's features are to be made: neither kept nor refused so far."""
+        try:
+            place = self._place(path)
+        except VideoError:
+            return False  # There is nothing to make them of.
+        return not place.exists() and not place.with_suffix(_REFUSED).exists()
+
+    def refuse(self, path: str | os.PathLike, error: VideoError) -> None:
+        """Remembers why a file has no features, even if another try may succeed.
+
+        A run that resumes then replaces the samples that it replaced before.
+        """
+        note = self._place(path).with_suffix(_REFUSED)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(str(error))
+
     def put(
         self, path: str | os.PathLike, features: Float16[np.ndarray, "F V E"]
     ) -> None:
@@ -49,10 +67,19 @@ class FeatureStore:
             np.save(file, features)
 
     def get(self, path: str | os.PathLike) -> Float16[np.ndarray, "F V E"]:
-        """The features of all of a file's seconds, read from disk as they are used."""
+        """The features of all of a file's seconds, read from disk as they are used.
+
+        Raises `VideoError` for a file that was refused.
+        """
+        place = self._place(path)
         try:
-            return self._load(self._place(path))
+            return self._load(place)
         except FileNotFoundError as error:
+            if (note := place.with_suffix(_REFUSED)).exists():
+                raise VideoError(
+                    f"{path}: refused when it was to be encoded ({note.read_text()});"
+                    f" remove {note} to try it again."
+                ) from error
             raise LookupError(
                 f"No features of {path} by {self._fingerprint!r} in {self._root};"
                 " encode the videos of this manifest first."
@@ -144,10 +171,9 @@ def file_digest(path: str | os.PathLike) -> str:
     """A name for the content of a file, or of the files of a folder."""
     if os.path.isdir(path):
         return _digest(tuple(sorted(map(_version, _files(path)))))
-    try:
-        return _digest((_version(path),))
-    except FileNotFoundError as error:
-        raise VideoError(f"{path}: no such file; check the path.") from error
+    if not os.path.isfile(path):  # A pipe may never end.
+        raise VideoError(f"{path}: no such file, or no plain one; check the path.")
+    return _digest((_version(path),))
 
 
 def _files(folder: str | os.PathLike) -> list[str]:

@@ -6,7 +6,7 @@ decoded once; whole videos also straight from their files.
 
 import itertools
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -18,7 +18,9 @@ from timeviper_jax.data.images import Fit, as_fit
 from timeviper_jax.data.iterator import NamedBatches
 from timeviper_jax.data.lanes import Lanes
 from timeviper_jax.data.lanes import share as share_lanes
-from timeviper_jax.data.video import iter_frames, probe, read_frames
+from timeviper_jax.data.media import MediaLimits, VideoError
+from timeviper_jax.data.video import LIMITS, iter_frames
+from timeviper_jax.data.workers import Decoder
 
 Record = dict[str, Any]
 
@@ -133,18 +135,37 @@ def recorded_videos(
 
 
 def decoded_videos(
-    paths: Sequence[str], fit: Fit | int, *, num_threads: int
+    paths: Sequence[str],
+    fit: Fit | int,
+    *,
+    num_threads: int,
+    media: Decoder,
+    on_error: Callable[[str, VideoError], object] | None = None,
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "F H W 3"]]]:
-    """Each file with the frames of all its seconds; a few are decoded ahead."""
+    """Each file with the frames of all its seconds; a few are decoded ahead.
 
-    def decode(path: str) -> tuple[str, UInt8[np.ndarray, "F H W 3"]]:
-        times = second_times(probe(path).duration)
-        return path, read_frames(path, times, fit)
+    `on_error` is told of each file that cannot be read, which is then left out; without
+    one, the first ends all.
+    """
+
+    def decode(path: str) -> tuple[str, UInt8[np.ndarray, "F H W 3"] | VideoError]:
+        try:
+            times = second_times(media.probe(path).duration)
+            return path, media.read_frames(path, times, fit)
+        except VideoError as error:
+            return path, error
 
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=2 * num_threads
     )
-    yield from grain.MapDataset.source(paths).map(decode).to_iter_dataset(options)
+    made = grain.MapDataset.source(paths).map(decode).to_iter_dataset(options)
+    for path, found in made:
+        if not isinstance(found, VideoError):
+            yield path, found
+        elif on_error is None:
+            raise found
+        else:
+            on_error(path, found)
 
 
 def frame_batches(
@@ -154,9 +175,11 @@ def frame_batches(
     *,
     size: int,
     threads: int = 1,
+    limits: MediaLimits = LIMITS,
 ) -> Generator[UInt8[np.ndarray, "_ H W 3"], None, None]:
     """The frames at `times`, `size` together and what is left; one batch is held."""
-    frames, fit = iter_frames(path, times, fit, threads=threads), as_fit(fit)
+    fit = as_fit(fit)
+    frames = iter_frames(path, times, fit, threads=threads, limits=limits)
     for start in range(0, len(times), size):
         count = min(size, len(times) - start)
         # Written where they stay: small arrays left between a decoder's large ones

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,7 @@ class LocalDecoder:
     limits: MediaLimits
 
     def __post_init__(self):
-        # Opening a file takes a millisecond, and many questions are about one video.
-        cached = functools.lru_cache(1 << 16)(self.probe)
-        object.__setattr__(self, "probe", cached)
+        object.__setattr__(self, "probe", _remembering(self.probe))
 
     def probe(self, path: str) -> VideoInfo:
         return video.probe(path, self.limits)
@@ -88,7 +86,7 @@ class WorkerPool:
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(cfg.count):
             self._idle.put(None)
-        self.probe = functools.lru_cache(1 << 16)(self._probe)
+        self.probe = _remembering(self._probe)
 
     def read_frames(
         self, path: str, times: Sequence[float] | np.ndarray, fit: Fit | int
@@ -128,6 +126,23 @@ class WorkerPool:
             if worker is not None and not alive:
                 worker.end()
             self._idle.put(worker if alive else None)
+
+
+def _remembering(probe: Callable[[str], VideoInfo]) -> Callable[[str], VideoInfo]:
+    """`probe`, which opens a file once, and again when it has changed.
+
+    Opening takes a millisecond, and many questions are about one video.
+    """
+    known = functools.lru_cache(1 << 16)(lambda path, version: probe(path))
+    return lambda path: known(path, _version(path))
+
+
+def _version(path: str) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):
+        return None  # To open it will say what is wrong.
+    return stat.st_size, stat.st_mtime_ns
 
 
 Decoder = LocalDecoder | WorkerPool  # Errors of both are `VideoError`.

@@ -20,8 +20,10 @@ from timeviper_jax.data import frames
 from timeviper_jax.data.conversation import TEMPLATES, Template
 from timeviper_jax.data.examples import FrameFeatures
 from timeviper_jax.data.features import FeatureStore, second_times
+from timeviper_jax.data.media import MediaLimits
 from timeviper_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from timeviper_jax.data.video import fps_times, probe
+from timeviper_jax.data.workers import Decoder, WorkerConfig, decoder
 from timeviper_jax.inference.encode import (
     Encode,
     encode_videos,
@@ -53,6 +55,18 @@ class Run:
     config: Mapping[str, Any]
     step: int = 0
     merge_below: float = 0.0
+
+    @property
+    def limits(self) -> MediaLimits:
+        """The most that a medium may be, as in training."""
+        # Runs from before there were any have none of their own.
+        return MediaLimits(**self.config["data"].get("media", {}))
+
+    @property
+    def media(self) -> Decoder:
+        """Reads whole videos as training did."""
+        workers = WorkerConfig(**self.config["data"].get("workers", {}))
+        return decoder(self.limits, workers)
 
     @property
     def compression(self) -> str:
@@ -141,7 +155,8 @@ def encode_missing(run: Run, paths: Iterable[str]) -> None:
     """Encodes the videos whose features the run does not have yet."""
     missing = sorted(path for path in set(paths) if path not in run.features)
     at_once = 8 * run.config["data"]["encode_batch"]
-    times = {path: second_times(probe(path).duration) for path in missing}
+    media = run.media
+    times = {path: second_times(media.probe(path).duration) for path in missing}
     for path in [path for path in missing if len(times[path]) > at_once]:
         with encoded(run, path, times.pop(path)) as features:
             for start in range(0, features.shape[0], at_once):
@@ -154,7 +169,7 @@ def _encode_together(run: Run, paths: list[str], at_once: int) -> None:
     """Encodes videos that are short enough to be held whole."""
     cfg, threads = run.model.cfg, run.config["data"]["num_threads"]
     done = encode_videos(
-        frames.decoded_videos(paths, cfg.fit, num_threads=threads),
+        frames.decoded_videos(paths, cfg.fit, num_threads=threads, media=run.media),
         run.encoder(),
         run.features,
         at_once=at_once,
@@ -212,6 +227,7 @@ def encoded(
         cfg.fit,
         size=run.config["data"]["encode_batch"],
         threads=decoding_threads(),
+        limits=run.limits,
     )
     bar = tqdm(
         total=len(file), initial=file.present, desc="encode", unit="frame", disable=None

@@ -215,6 +215,7 @@ def sampled(run_: Run) -> Features:
             run_.model.cfg.fit,
             size=size,
             threads=decoding_threads(),
+            limits=run_.limits,
         )
         with Ahead(frames, most=2) as decoded:
             return np.concatenate([encode(batch) for batch in decoded])
