@@ -197,6 +197,8 @@ def test_orbax_saves_and_restores_the_iterator(packed, tmp_path):
     cfg = packed_config(packed)
     batches = make_batches(cfg, TOKENIZER, seed=1)
     take(batches, 2)
+    deaths = [("bad.mp4", 7, 0)]  # On which a worker died, in which draw.
+    batches.set_state({**batches.get_state(), "deaths": {"0": deaths}})
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(
             2, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(batches))
@@ -207,6 +209,7 @@ def test_orbax_saves_and_restores_the_iterator(packed, tmp_path):
             2,
             args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)),
         )
+    assert restored.get_state()["deaths"]["0"] == deaths
     assert_same(take(restored, 2), take(batches, 2))
 
 

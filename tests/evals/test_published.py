@@ -7,7 +7,7 @@ import published_fixtures as fixtures
 import pytest
 
 from timeviper_jax.evals import runner, scores
-from timeviper_jax.evals.entries import DataError, Row
+from timeviper_jax.evals.entries import DataError, Row, find_video, subtitle_file
 from timeviper_jax.evals.families import Tools, parse_letter
 from timeviper_jax.evals.published import SPECS, PublishedBenchmark
 
@@ -325,6 +325,13 @@ def test_a_number_that_is_not_there_is_named():
     row = Row({"correct_choice": float("nan")}, "a.parquet: record 0")
     with pytest.raises(DataError, match="record 0: correct_choice=nan is not a num"):
         row.number("correct_choice")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "http://x/y.mp4"])
+def test_a_benchmark_names_nothing_outside_its_folder(tmp_path, name):
+    for find in (find_video, subtitle_file):
+        with pytest.raises(DataError, match=f"the name '{name}': (a URL|leads out)"):
+            find(tmp_path, name)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from timeviper_jax.data import untrusted
 from timeviper_jax.evals.spans import Event, Span
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".MP4")
@@ -187,17 +188,26 @@ def subtitle_file(folder: pathlib.Path, name: str) -> pathlib.Path:
     """Where subtitles called so are, or should be."""
     for parent in ("subtitle", "subtitles", "cg_subtitles"):
         if (folder / parent).is_dir():
-            return folder / parent / name
-    return folder / "subtitles" / name
+            return _below(folder / parent, name)
+    return _below(folder / "subtitles", name)
 
 
 def find_video(folder: pathlib.Path, name: str) -> pathlib.Path:
     """The file called so, under any of the usual suffixes; or what it should be."""
-    path = folder / name
+    path = _below(folder, name)
     if path.suffix in VIDEO_SUFFIXES or path.exists():
         return path
     candidates = [path.with_name(path.name + suffix) for suffix in VIDEO_SUFFIXES]
     return next((p for p in candidates if p.exists()), candidates[0])
+
+
+def _below(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """A file that a stranger names; links that its reader made lead where they do."""
+    try:
+        untrusted.check_name(name)
+    except untrusted.Refused as error:
+        raise DataError(f"{folder}: the name {name!r:.120}: {error}.") from error
+    return folder / name
 
 
 def letter(index: int) -> str:
