@@ -1,6 +1,7 @@
 """Where arrays live: every parameter has one rule, and its shards are whole."""
 
 import dataclasses
+import inspect
 
 import jax
 import pytest
@@ -50,8 +51,8 @@ def test_every_parameter_matches_exactly_one_rule(shapes):
 
 
 def _mesh(*sizes):
-    types = (AxisType.Auto,) * len(sharding.AXES)
-    return AbstractMesh(sizes, sharding.AXES, axis_types=types)
+    auto = (AxisType.Auto,) * len(sharding.AXES)
+    return AbstractMesh(sizes, sharding.AXES, axis_types=auto)
 
 
 STAGE = StageConfig(
@@ -125,6 +126,26 @@ def test_a_mesh_takes_every_device():
     with pytest.raises(ValueError, match="Only one axis"):
         sharding.make_mesh(data=-1, fsdp=-1)
     assert sharding.make_mesh(fsdp=-1).shape["fsdp"] == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    """What says of a chip where it stands."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_an_axis_of_a_pod_may_be_cut():
+    """16 x 16 chips as 64 x 4: neither axis is one of the torus, or all of both."""
+    chips = [_Chip(16 * y + x, (x, y, 0)) for y in range(16) for x in range(16)]
+    # They are no `jax.Device`, as the types' check would say.
+    mesh = inspect.unwrap(sharding.make_mesh)(fsdp=64, context=4, devices=chips)
+    assert {chip.id for chip in mesh.devices.flat} == set(range(256))
 
 
 _WORDS = ("tensor", "fsdp", "context")

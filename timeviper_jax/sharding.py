@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
@@ -104,7 +105,9 @@ def make_mesh(
             f" {len(devices)} devices; give one axis -1."
         )
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    # Pods are tori of few dimensions: 64 x 4 of 16 x 16 chips cuts one of them.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def spec_of(path: str) -> P:
