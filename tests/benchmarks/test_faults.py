@@ -14,7 +14,7 @@ def test_every_fault_of_the_short_form_leaves_a_run_that_goes_on(tmp_path, capsy
     assert report["ok"]
     assert report["faults"]["kills"]["within_a_save"] >= 1
     assert report["faults"]["files"]["loaded_silently"] == []
-    assert report["faults"]["two_processes"]["steps_of_one"] > 0
+    assert report["faults"]["full_disk"]["steps_after_the_save"] == 0
 
 
 def test_a_fault_that_is_not_there_is_an_error(tmp_path):
