@@ -9,11 +9,8 @@ examined already is not examined again: repeat the command to go on. `--json` pr
 report. Exits with 1 unless nothing crashed, hung, grew too large or went unnoticed.
 """
 
-import argparse
 import collections
-import datetime
 import json
-import os
 import pathlib
 import platform
 import resource
@@ -26,6 +23,7 @@ import av
 from PIL import Image
 from tqdm import tqdm
 
+from timeviper_jax.benchmarks import trial
 from timeviper_jax.benchmarks.bad_media import hostile, malformed, sound
 from timeviper_jax.benchmarks.bad_media.examine import Counter, examine, new_pool
 from timeviper_jax.data.tokenizer import (
@@ -123,20 +121,8 @@ def _learnt(path: pathlib.Path) -> JsonTokenizer:
     return train_bpe(["<s> and <SPECIAL_12> are special tokens"] * 9, 400, path)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, folder = parser.add_argument, pathlib.Path
-    add("--workdir", type=folder, default=folder("runs/bad_media"), help="all it makes")
-    add("--short", action="store_true", help="a few of each: minutes become seconds")
-    add("--again", action="store_true", help="forget what was examined before")
-    add("--json", action="store_true", help="print the whole report")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _parse(argv)
+    args = trial.parser(__doc__, "runs/bad_media").parse_args(argv)
     if args.again:
         shutil.rmtree(args.workdir, ignore_errors=True)
     args.workdir.mkdir(parents=True, exist_ok=True)
@@ -147,24 +133,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         files=read_files(args.workdir, files),
     )
     report = dict(
-        date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
-        machine=f"{platform.machine()}, {os.cpu_count()} cores",
         versions=dict(
             python=platform.python_version(),
             av=av.__version__,
             pillow=Image.__version__,
         ),
         peak_gib=_peak_gib(resource.RUSAGE_SELF),
-        ok=all(each["ok"] for each in found.values()),
         **found,
     )
-    print(
-        json.dumps(report, indent=1)
-        if args.json
-        else {k: v["ok"] for k, v in found.items()}
-    )
-    if not report["ok"]:
-        raise SystemExit(1)
+    trial.conclude(found, report, args.json)
 
 
 if __name__ == "__main__":

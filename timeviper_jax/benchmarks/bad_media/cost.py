@@ -12,7 +12,6 @@ machine disturb less. A share below 0 is faster than the plain loop.
 """
 
 import argparse
-import datetime
 import json
 import os
 import pathlib
@@ -29,6 +28,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Float64, UInt8
 from tqdm import tqdm
 
+from timeviper_jax.benchmarks import trial
 from timeviper_jax.data.images import Fit
 from timeviper_jax.data.media import MediaLimits
 from timeviper_jax.data.needle_sources import clip_path
@@ -142,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name}: {one['cost_wall']:+.1%} wall, {one['cost_cpu']:+.1%} cpu")
         return
     report = dict(
-        date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
-        machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        **trial.when_and_where(),
         versions=dict(python=platform.python_version(), av=av.__version__),
         size=args.size,
         **found,

@@ -6,22 +6,20 @@ python -m timeviper_jax.benchmarks.faults --only kills,hang
 
 Each is done to processes of `train.py` on a tiny model, from outside. What is done
 already is not done again (`WORKDIR/results.json`): repeat the command to go on.
-`--json` prints the report; without it one line a fault. Exits with 1 unless all are ok.
+`--json` prints the report; without it which are ok. Exits with 1 unless all are ok.
 """
 
 import argparse
-import datetime
 import functools
 import json
-import os
 import pathlib
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from timeviper_jax.benchmarks import trial
 from timeviper_jax.benchmarks.faults import damage, devices, kills, places
 from timeviper_jax.benchmarks.faults.training import Run, Setting
 from timeviper_jax.data import shapes
@@ -85,17 +83,8 @@ def _train_unbroken(run: Run) -> dict[str, Any]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, folder = parser.add_argument, pathlib.Path
-    add(
-        "--workdir", type=folder, default=folder("runs/faults"), help="all that is made"
-    )
-    add("--short", action="store_true", help="few of each: minutes become seconds")
-    add("--only", default="", help="names of faults, with commas between")
-    add("--again", action="store_true", help="forget what was done before")
-    add("--json", action="store_true", help="print the whole report")
+    parser = trial.parser(__doc__, "runs/faults")
+    parser.add_argument("--only", default="", help="faults, with commas between")
     return parser.parse_args(argv)
 
 
@@ -115,19 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = {"unbroken": results.get("unbroken", lambda: _train_unbroken(unbroken))}
     for name in names:
         found[name] = results.get(name, chosen[name])
-        if not args.json:
-            print(name, "ok" if found[name]["ok"] else f"NOT OK: {found[name]}")
-    if args.json:
-        report = dict(
-            date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
-            machine=f"{platform.machine()}, {os.cpu_count()} cores",
-            versions=versions(),
-            ok=all(each["ok"] for each in found.values()),
-            faults=found,
-        )
-        print(json.dumps(report, indent=1))
-    if not all(each["ok"] for each in found.values()):
-        raise SystemExit(1)
+        if not args.json and not found[name]["ok"]:
+            print(f"{name}: {found[name]}")
+    trial.conclude(found, dict(versions=versions(), faults=found), args.json)
 
 
 if __name__ == "__main__":
