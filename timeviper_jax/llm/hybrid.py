@@ -4,8 +4,8 @@ A plain transformer is the pattern `*-` as often as it has layers.
 
 Parameters are stacked by kind of mixer, so that the layers can run rolled (in few
 loops, which is what lets the 9B compile) or unrolled (small models, inspection) from
-the same tree. TransV cuts the stack into segments;
-a forward pass is: segment, thin, segment, thin, …, norm, head.
+the same tree. TransV cuts the stack into segments; a forward pass is: segment, thin,
+segment, thin, …, norm, head.
 """
 
 import collections
