@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = {
     "pallas_kernels": 0,
     "timeviper_jax.checksums": 1,
+    "timeviper_jax.flops": 1,
     "timeviper_jax.sharding": 1,
     "timeviper_jax.layers": 1,
     "timeviper_jax.data": 1,

@@ -15,7 +15,7 @@ import json
 import sys
 
 from pallas_kernels.bench import compiled
-from pallas_kernels.bench.chips import CHIPS
+from pallas_kernels.chips import CHIPS
 
 OPS = ("ssd", "attention", "causal_conv1d")
 _COLUMNS = {

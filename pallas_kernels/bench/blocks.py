@@ -12,7 +12,7 @@ import sys
 
 from pallas_kernels.attention import blocks
 from pallas_kernels.bench import compiled
-from pallas_kernels.bench.chips import CHIPS
+from pallas_kernels.chips import CHIPS
 
 _STEP_SECONDS = 0.35e-6  # Between two steps of a grid.
 _HEAD_DIM = 128  # Narrower heads are padded to as much in registers and matmuls.

@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from pallas_kernels.bench.chips import CHIPS, GPUS
+from pallas_kernels.chips import CHIPS, GPUS
 
 # An H200 (sm_90), as XLA describes one to itself.
 _H200 = """

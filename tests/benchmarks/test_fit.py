@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels.bench import compiled
-from pallas_kernels.bench.chips import CHIPS
+from pallas_kernels.chips import CHIPS
 from timeviper_jax import sharding
 from timeviper_jax.benchmarks.fit import __main__ as command
 from timeviper_jax.benchmarks.fit import hlo, least, prefill, program, report, table

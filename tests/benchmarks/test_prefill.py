@@ -15,8 +15,8 @@ import tiny
 from flax import nnx
 
 from pallas_kernels.bench import compiled
-from pallas_kernels.bench.chips import Chip
-from timeviper_jax.benchmarks import flops
+from pallas_kernels.chips import Chip
+from timeviper_jax import flops
 from timeviper_jax.benchmarks.prefill import __main__ as command
 from timeviper_jax.benchmarks.prefill import report, settings
 from timeviper_jax.benchmarks.prefill.calls import DECODE, QUESTION, Setting

@@ -4,7 +4,8 @@ import jax
 import jaxtyping
 import pytest
 
-from timeviper_jax.benchmarks import flops, throughput
+from timeviper_jax import flops
+from timeviper_jax.benchmarks import throughput
 
 GIB = 2**30
 SIZES = dict(rows=32, context=32_768, answer=1024)

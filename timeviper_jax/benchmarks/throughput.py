@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.bench.chips import GPUS
+from pallas_kernels.chips import GPUS
 from timeviper_jax import presets
 from timeviper_jax.benchmarks.prefill import ahead, report, settings
 from timeviper_jax.benchmarks.prefill.calls import (

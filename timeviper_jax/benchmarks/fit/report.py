@@ -12,9 +12,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType
 
-from pallas_kernels.bench.chips import CHIPS, Chip
-from timeviper_jax import sharding
-from timeviper_jax.benchmarks import flops
+from pallas_kernels.chips import CHIPS, Chip
+from timeviper_jax import flops, sharding
 from timeviper_jax.benchmarks.fit import hlo, least, program
 from timeviper_jax.benchmarks.fit.program import GIB, Program
 

@@ -20,7 +20,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from pallas_kernels.bench.chips import GPUS
+from pallas_kernels.chips import GPUS
 from timeviper_jax import presets
 from timeviper_jax.benchmarks.prefill import ahead, measure, report, settings
 

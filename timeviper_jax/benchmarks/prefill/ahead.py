@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pallas_kernels.bench import compiled, gpu_compiled, venvs
-from pallas_kernels.bench.chips import CHIPS, GPUS
+from pallas_kernels.chips import CHIPS, GPUS
 
 # What a GPU's programs are compiled with, beside the compilers themselves.
 GPU_PACKAGES = (*gpu_compiled.PACKAGES, "flax==0.12.8", "tokenizers", "pillow")
@@ -108,7 +108,7 @@ def _described(call: Any, traced: Any) -> dict:
 
 def _counted(call: Any, traced: Any) -> dict:
     """The arithmetic of all runs of a call; nothing is compiled."""
-    from timeviper_jax.benchmarks import flops
+    from timeviper_jax import flops
 
     runs = [flops.count(traced.jaxpr, values) for values in _values(call)]
     return {

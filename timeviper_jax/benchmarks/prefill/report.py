@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.bench.chips import Chip
+from pallas_kernels.chips import Chip
 from timeviper_jax.benchmarks.prefill.calls import DECODE
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention import attention
-from timeviper_jax.benchmarks import flops
+from timeviper_jax import flops
 
 SQUARE = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 PRODUCT = 2 * 4 * 4 * 4  # Of two squares.
