@@ -4,8 +4,10 @@ python train.py --config configs/needles.py --workdir runs/needles
 python train.py --config configs/needles.py:smoke --workdir runs/smoke
 python train.py --config configs/stage2_video.py --config.seed=1 --workdir runs/video
 python train.py --config configs/stage2_video.py --sweep_index 3 --workdir runs/sweep3
+python train.py --config configs/stage2_video.py --profile 10:12 --workdir runs/video
 
-The working directory holds `metrics.jsonl`, TensorBoard's `events/` and `checkpoints/`.
+The working directory holds `metrics.jsonl`, TensorBoard's `events/` and `checkpoints/`,
+and XProf's `profile/` where some steps are traced.
 The same command run again continues from the latest checkpoint, bit for bit. SIGTERM or
 SIGINT (control-C) finishes the step, saves and exits with status 75: run it again to
 continue; a second signal ends it at once. docs/training.md lists the other statuses.
@@ -47,6 +49,7 @@ from timeviper_jax.layers.lora import LoraConfig, adapted, is_lora, merged
 from timeviper_jax.layers.lora import init as init_lora
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
 from timeviper_jax.training import checkpoint, experiment, guard, loop
+from timeviper_jax.training.arithmetic import step_flops
 from timeviper_jax.training.experiment import FrameTask, StageConfig
 from timeviper_jax.training.loss import check_answers
 from timeviper_jax.training.metrics import MetricsWriter
@@ -60,6 +63,7 @@ from timeviper_jax.training.phases import Phases
 from timeviper_jax.training.signals import STOPPED, StopRequest
 from timeviper_jax.training.step import create_state, make_train_step
 from timeviper_jax.training.validation import Validation
+from timeviper_jax.training.xprof import Trace, read_steps
 
 # Statuses by the names of sysexits.h; signals.STOPPED and phases.HUNG are others.
 NOT_WRITTEN = 74  # An error of input or output.
@@ -235,16 +239,26 @@ def encode_missing(
             sys.exit(STOPPED)
 
 
-def run(c: ml_collections.ConfigDict, workdir: str) -> None:
-    """Runs every stage of the config, from wherever the last run got to."""
+def run(c: ml_collections.ConfigDict, workdir: str, traced: range = range(0)) -> None:
+    """Runs every stage of the config, from wherever the last run got to.
+
+    The steps in `traced`, counted from 1 over all stages, are traced for XProf.
+    """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(contextlib.closing(StopRequest()))
         phases = stack.enter_context(contextlib.closing(Phases(c.limits.to_dict())))
-        run_stages(c, workdir, stop, phases)
+        total = sum(c.stages[name].steps for name in c.stage_order)
+        trace = Trace(traced, total=total, folder=pathlib.Path(workdir) / "profile")
+        stack.enter_context(contextlib.closing(trace))
+        run_stages(c, workdir, stop, phases, trace)
 
 
 def run_stages(
-    c: ml_collections.ConfigDict, workdir: str, stop: StopRequest, phases: Phases
+    c: ml_collections.ConfigDict,
+    workdir: str,
+    stop: StopRequest,
+    phases: Phases,
+    trace: Trace,
 ) -> None:
     """The same, for as long as nobody asks to stop."""
     # What there is already.
@@ -273,6 +287,7 @@ def run_stages(
     params = {}
     if resumed:
         params = checkpoints.restore_params(mesh)
+        trace=trace,
     elif c.init_from:
         params = first_params(c.init_from, c.init_parts, base, mesh)
 
@@ -355,6 +370,8 @@ def run_stages(
 
         train_step = make_train_step(
             *(graph, objective, optimizer),
+            flops=step_flops(cfg, stage, moving),
+            count=functools.partial(stage.task.count, cfg=cfg),
             accumulate=stage.accumulate,
             adapt=adapt,
             guard_config=guard_config,
@@ -392,9 +409,23 @@ def define_flags(values: flags.FlagValues) -> None:
         "workdir", None, "Where the run is kept, and resumed from.", flag_values=values
     )
     flags.DEFINE_integer(
+    flags.DEFINE(
+        StepsParser(),
+        "profile",
+        range(0),
+        "Trace the steps FIRST:LAST of the run for XProf, into WORKDIR/profile.",
+        flag_values=values,
+    )
         "sweep_index", None, "Which of the config's sweep() to run.", flag_values=values
     )
     flags.DEFINE_string(
+class StepsParser(flags.ArgumentParser):
+    """Reads FIRST:LAST as the steps from one to the other."""
+
+    def parse(self, argument: str | range) -> range:
+        return argument if isinstance(argument, range) else read_steps(argument)
+
+
         "compilation_cache",
         "",
         "A folder to keep compiled programs in.",
@@ -422,7 +453,7 @@ def main(argv: list[str]) -> None:
         path = config_flags.get_config_filename(values["config"])
         apply_sweep(c, values.sweep_index, path)
     try:
-        run(c, values.workdir)
+        run(c, values.workdir, values.profile)
     except (guard.TooManySkipped, pipeline.TooManyBad) as error:
         logging.error("%s", error)
         sys.exit(BAD_DATA)

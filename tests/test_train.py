@@ -3,12 +3,12 @@
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -29,9 +29,9 @@ from timeviper_jax.training.checkpoint import (
     open_run,
 )
 from timeviper_jax.training.metrics import MetricsWriter
+from timeviper_jax.training.speed import OF_THE_MACHINE
 
 STEPS = 4
-WALL_TIME = "second|goodput"
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,9 @@ def _flags(folder):
 
 @pytest.fixture(scope="module")
 def unbroken(folder):
+    """A run of which some steps are traced, unlike of those that are to be equal."""
     workdir = folder / "unbroken"
-    train.run(_config(folder), str(workdir))
+    train.run(_config(folder), str(workdir), traced=range(2, 4))
     return workdir
 
 
@@ -84,7 +85,7 @@ def _wait_for(path, count, process):
 def _metrics(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not re.search(WALL_TIME, k)}
+        {k: v for k, v in json.loads(line).items() if not k.startswith(OF_THE_MACHINE)}
         for line in lines
     ]
 
@@ -103,6 +104,28 @@ def test_it_learns_and_logs_every_step(unbroken):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert Checkpoints(unbroken).latest().stage_step == STEPS
+
+
+def test_a_trace_holds_the_steps_by_number(unbroken):
+    (path,) = (unbroken / "profile").glob("plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    lines = [line for plane in planes for line in plane.lines]
+    steps = [event for line in lines for event in line.events if event.name == "train"]
+    assert [dict(event.stats)["step_num"] for event in steps] == [2, 3]
+
+
+def test_it_says_how_fast_it_is(unbroken):
+    """The videos have six frames each, which all fit; a row holds 24 + 120 tokens."""
+    lines = [
+        json.loads(x) for x in (unbroken / "metrics.jsonl").read_text().split("\n")[:-1]
+    ]
+    for line in lines:
+        frames = line["frames_per_second"] / line["steps_per_second"]
+        tokens = line["tokens_per_second"] / line["steps_per_second"]
+        assert frames == pytest.approx(2 * 6)
+        assert 12 * 4 < tokens < 2 * (24 + 120)
+        assert 0 <= line["input_bound"] < 1
+        assert "mfu" not in line  # Nobody knows the peak of this processor.
 
 
 def test_a_run_that_is_killed_continues_bit_for_bit(folder, unbroken):
@@ -288,6 +311,7 @@ def test_flags_override_fields(parse):
         (["--config=configs/stage2_video.py", "--config.sed=1"], "sed"),
         (["--config=configs/stage2_video.py:smok"], "smok"),
         (["--config=configs/stage2_video.py", "--config.seed=one"], "one"),
+        (["--config=configs/stage2_video.py", "--profile=4:2"], "FIRST:LAST"),
         ([], "config"),
     ],
 )

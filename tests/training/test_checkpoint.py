@@ -149,6 +149,8 @@ def _run(workdir, mesh, begun, made, steps, *, every, most):
             first=0,
             steps=steps,
             train_step=step,
+            flops=0,
+            count=lambda batch: {},
             places=places,
             frozen={},
             batches=NamedBatches(iter(numbers.to_iter_dataset())),

@@ -10,11 +10,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from timeviper_jax import presets, sharding
 from timeviper_jax.data import pipeline
+from timeviper_jax.data.examples import Batch, Role
+from timeviper_jax.data.frames import FrameBatch
 from timeviper_jax.data.media import MediaLimits
 from timeviper_jax.data.tokenizer import Tokenizer
 from timeviper_jax.data.workers import WorkerConfig
@@ -23,6 +26,7 @@ from timeviper_jax.llm.transv import Stage as TransVStage
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
 from timeviper_jax.training import loss
 from timeviper_jax.training.parameters import Params, Shapes, matching, merge, split
+from timeviper_jax.training.speed import Counts
 from timeviper_jax.training.step import Objective
 from timeviper_jax.vision.pair import replace_each
 
@@ -47,6 +51,10 @@ class FrameTask:
                 f"words={self.words} end in the tokens {ids}; they must differ."
             )
         return functools.partial(loss.frame_objective, words=ids)
+
+    def count(self, batch: FrameBatch, cfg: TimeViperConfig) -> Counts:
+        """What a batch holds over all hosts: no frame is padding."""
+        return {"frames": jnp.int32(len(batch.labels))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +82,14 @@ class TextTask:
         return lambda model, batch: loss.text_objective(
             model, batch, answer_tokens=self.answer_tokens
         )
+
+    def count(self, batch: Batch, cfg: TimeViperConfig) -> Counts:
+        """The tokens of a batch that are no padding, and the frames that they show."""
+        vision = jnp.sum(batch.roles == Role.VISION)
+        return {
+            "tokens": jnp.sum(batch.roles != Role.PAD),
+            "frames": vision // cfg.tokens_per_frame,
+        }
 
 
 TASKS = {"frames": FrameTask, "text": TextTask}

@@ -32,8 +32,10 @@ from timeviper_jax.training.signals import (
     Votes,
     exit_within,
 )
+from timeviper_jax.training.speed import Counts, Speed
 from timeviper_jax.training.step import TrainState
 from timeviper_jax.training.validation import Validation
+from timeviper_jax.training.xprof import Trace
 
 _PATIENCE = 3.0  # Seconds for a broken-off reader to come back.
 
@@ -49,6 +51,7 @@ class Watch:
     writer: MetricsWriter
     phases: Phases
     stop: StopRequest
+    trace: Trace = Trace()
 
     def __post_init__(self):
         every, most = self.config["checkpoint_every"], self.config["max_redone"]
@@ -63,8 +66,8 @@ class Watch:
 class Plan:
     """One stage. `train_step` is not compiled, `place` puts a batch on the devices.
 
-    The stage has `steps` steps, `before` it the run had as many, and `first` of its own
-    are done.
+    `flops` is a step's arithmetic, `count` says what a batch there holds. The stage has
+    `steps` steps, `before` it the run had as many, and `first` of its own are done.
     """
 
     name: str
@@ -72,6 +75,8 @@ class Plan:
     first: int
     steps: int
     train_step: Callable[[TrainState, Params, Any], tuple[TrainState, Means]]
+    flops: int
+    count: Callable[[Any], Counts]
     places: TrainState
     frozen: Params
     batches: NamedBatches
@@ -101,15 +106,17 @@ class Loop:
         self._input_state = plan.batches.get_state()
         self._step, self._last = plan.first, None
         self._broke_off = False  # A wait for data.
-        self._window, self._since = [], time.monotonic()
+        self._window: list[Means] = []
+        self._speed = Speed(watch.phases, watch.mesh, plan.flops)
         whole = NamedSharding(watch.mesh, P())
 
         # Beside the step, every host learns whether any was asked to stop.
         def step(state, frozen, batch, votes):
-            return *plan.train_step(state, frozen, batch), Votes.counted(votes)
+            asked = Votes.counted(votes)
+            return *plan.train_step(state, frozen, batch), plan.count(batch), asked
 
         self._train_step = jax.jit(
-            step, donate_argnums=0, out_shardings=(plan.places, whole, whole)
+            step, donate_argnums=0, out_shardings=(plan.places, whole, whole, whole)
         )
 
     def run(self) -> TrainState:
@@ -135,6 +142,7 @@ class Loop:
                 if leaving:
                     self._leave()
                 self._keep_promise()
+                self._watch.trace.before(self._here + 1)
                 batch = self._take()
                 if batch is not None:
                     self._learn(batch)
@@ -226,15 +234,18 @@ class Loop:
     def _learn(self, batch: Any) -> None:
         phases = self._watch.phases
         phases.enter("compile" if self._step == self._plan.first else "step")
-        self._state, means, asked = self._train_step(
-            self._state, self._plan.frozen, batch, self._votes.of(self._watch.stop)
-        )
+        with jax.profiler.StepTraceAnnotation("train", step_num=self._here + 1):
+            self._state, means, counts, asked = self._train_step(
+                self._state, self._plan.frozen, batch, self._votes.of(self._watch.stop)
+            )
         phases.enter("step")
         self._look_back()
         self._step += 1
         skipped, samples = means["skipped"].total, self._plan.batches.samples
         self._last = _Step(self._here, samples, skipped, asked)
         self._window.append(means)
+        self._speed.add(counts)
+        self._watch.trace.after(self._here, asked)
 
     def _look_back(self) -> None:
         """Waits for the last step but one: was it skipped, was anyone asked to stop."""
@@ -250,10 +261,9 @@ class Loop:
         scalars = summarise(self._window)  # The host waits for the device here.
         updates = updates_made(self._state.opt_state)
         scalars["lr"] = float(self._plan.schedule(updates - 1))
-        now = time.monotonic()
-        scalars["steps_per_second"] = len(self._window) / (now - self._since)
+        scalars |= self._speed.scalars()
         scalars["samples_replaced"] = self._plan.batches.skipped
         scalars |= self._watch.phases.scalars()
         self._watch.writer.write(self._here, scalars, stage=self._plan.name)
         bar.set_postfix(loss=f"{scalars['loss']:.3f}")
-        self._window, self._since = [], now
+        self._window = []

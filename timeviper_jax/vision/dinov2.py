@@ -32,6 +32,10 @@ class DinoV2Config(VitConfig):
     class_position: bool = False
 
     @property
+    def own_tokens(self) -> int:
+        return 1 + self.num_registers
+
+    @property
     def block(self) -> BlockConfig:
         return dataclasses.replace(super().block, layer_scale=1e-5)
 

@@ -32,6 +32,10 @@ class InternVideo2Config(VitConfig):
         return self.frames
 
     @property
+    def own_tokens(self) -> int:
+        return 1
+
+    @property
     def block(self) -> BlockConfig:
         return dataclasses.replace(
             super().block,

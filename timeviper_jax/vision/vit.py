@@ -65,6 +65,11 @@ class VitConfig:
         return self.grid**2
 
     @property
+    def own_tokens(self) -> int:
+        """Tokens that go through the blocks beside the patches of a frame or clip."""
+        return 0
+
+    @property
     def block(self) -> BlockConfig:
         return BlockConfig(
             embed_dim=self.embed_dim,

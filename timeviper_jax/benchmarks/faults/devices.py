@@ -9,6 +9,7 @@ model and data of a run that came to its end; it prints what it found as JSON.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -310,6 +311,8 @@ def _whole(stage: Stage, mesh: Mesh, folder: pathlib.Path, steps: int) -> _Clock
             first=0,
             steps=steps + 1,
             train_step=stage.step(state.params),
+            flops=0,
+            count=functools.partial(stage.stage.task.count, cfg=stage.cfg),
             places=places,
             frozen=frozen,
             batches=_Timed(stage.batches()),

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from timeviper_jax import checksums
+from timeviper_jax.training.speed import OF_THE_MACHINE
 
 EVERY = 5  # Steps between checkpoints.
 # Steps that a kill may cost: where each save is waited for, and where steps go on.
 STRICT, AHEAD = EVERY, EVERY + 3
-_WALL_TIME = ("goodput", "steps_per_second", "seconds_")
 _PATIENCE = 600.0  # Seconds that a process may take for anything asked of it here.
 
 
@@ -111,7 +111,7 @@ class Run:
         lines = [json.loads(x) for x in text.splitlines(keepends=True) if x[-1] == "\n"]
         return {
             line["step"]: {
-                k: v for k, v in line.items() if not k.startswith(_WALL_TIME)
+                k: v for k, v in line.items() if not k.startswith(OF_THE_MACHINE)
             }
             for line in lines
             if "loss" in line
