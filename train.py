@@ -17,12 +17,10 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import importlib.util
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -48,7 +46,7 @@ from timeviper_jax.inference import encode
 from timeviper_jax.layers.lora import LoraConfig, adapted, is_lora, merged
 from timeviper_jax.layers.lora import init as init_lora
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
-from timeviper_jax.training import checkpoint, experiment, guard, loop
+from timeviper_jax.training import checkpoint, experiment, guard, loop, sweep
 from timeviper_jax.training.arithmetic import step_flops
 from timeviper_jax.training.experiment import FrameTask, StageConfig
 from timeviper_jax.training.loss import check_answers
@@ -97,10 +95,7 @@ MAKERS = {"shapes": shapes.make, "tiny_needles": make_tiny_needles}
 
 def apply_sweep(c: ml_collections.ConfigDict, index: int, path: str) -> None:
     """Applies the index-th overrides of the config file's `sweep()`."""
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    overrides = list(module.sweep())
+    overrides = sweep.overrides(path)
     if not 0 <= index < len(overrides):
         raise ValueError(f"sweep_index={index} is outside 0..{len(overrides) - 1}.")
     c.update_from_flattened_dict(overrides[index])
@@ -109,7 +104,7 @@ def apply_sweep(c: ml_collections.ConfigDict, index: int, path: str) -> None:
 
 def check_same_run(config: dict, record: checkpoint.RunRecord, workdir: str) -> None:
     """Refuses to continue a run whose config was another."""
-    now, then = dict(fields(config)), dict(fields(record.config))
+    now, then = experiment.flat(config), experiment.flat(record.config)
     differing = [
         name
         for name in sorted({*now, *then})
@@ -126,15 +121,6 @@ def check_same_run(config: dict, record: checkpoint.RunRecord, workdir: str) -> 
             "This run began with %s: it goes on, but no longer bit for bit.",
             dict(record.versions),
         )
-
-
-def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The config's values by dotted name; an empty mapping is a value."""
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from fields(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def make_tokenizer(name: str, vocab_size: int) -> Tokenizer:
@@ -287,7 +273,6 @@ def run_stages(
     params = {}
     if resumed:
         params = checkpoints.restore_params(mesh)
-        trace=trace,
     elif c.init_from:
         params = first_params(c.init_from, c.init_parts, base, mesh)
 
@@ -299,6 +284,7 @@ def run_stages(
         writer=writer,
         phases=phases,
         stop=stop,
+        trace=trace,
     )
     before = 0  # Steps of the stages before this one.
     for number, (name, stage) in enumerate(stages.items()):
@@ -370,8 +356,6 @@ def run_stages(
 
         train_step = make_train_step(
             *(graph, objective, optimizer),
-            flops=step_flops(cfg, stage, moving),
-            count=functools.partial(stage.task.count, cfg=cfg),
             accumulate=stage.accumulate,
             adapt=adapt,
             guard_config=guard_config,
@@ -383,6 +367,8 @@ def run_stages(
             first=first,
             steps=stage.steps,
             train_step=train_step,
+            flops=step_flops(cfg, stage, moving),
+            count=functools.partial(stage.task.count, cfg=cfg),
             places=places,
             frozen=frozen,
             batches=batches,
@@ -409,23 +395,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "workdir", None, "Where the run is kept, and resumed from.", flag_values=values
     )
     flags.DEFINE_integer(
-    flags.DEFINE(
-        StepsParser(),
-        "profile",
-        range(0),
-        "Trace the steps FIRST:LAST of the run for XProf, into WORKDIR/profile.",
-        flag_values=values,
-    )
         "sweep_index", None, "Which of the config's sweep() to run.", flag_values=values
     )
     flags.DEFINE_string(
-class StepsParser(flags.ArgumentParser):
-    """Reads FIRST:LAST as the steps from one to the other."""
-
-    def parse(self, argument: str | range) -> range:
-        return argument if isinstance(argument, range) else read_steps(argument)
-
-
         "compilation_cache",
         "",
         "A folder to keep compiled programs in.",
@@ -434,7 +406,21 @@ class StepsParser(flags.ArgumentParser):
     flags.DEFINE_bool(
         "multihost", False, "Join the other hosts of a pod.", flag_values=values
     )
+    flags.DEFINE(
+        StepsParser(),
+        "profile",
+        range(0),
+        "Trace the steps FIRST:LAST of the run for XProf, into WORKDIR/profile.",
+        flag_values=values,
+    )
     flags.mark_flags_as_required(["config", "workdir"], values)
+
+
+class StepsParser(flags.ArgumentParser):
+    """Reads FIRST:LAST as the steps from one to the other."""
+
+    def parse(self, argument: str | range) -> range:
+        return argument if isinstance(argument, range) else read_steps(argument)
 
 
 def main(argv: list[str]) -> None:

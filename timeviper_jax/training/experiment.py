@@ -206,6 +206,17 @@ def lora_config(config: Mapping[str, Any]) -> LoraConfig:
     return LoraConfig(**{name: _tuples(value) for name, value in values.items()})
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's values by dotted name; an empty mapping is a value."""
+    found = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 @functools.lru_cache
 def describe(cfg: TimeViperConfig) -> tuple[nnx.GraphDef, Shapes]:
     """The model's structure, and its parameters' shapes by path; builds nothing."""

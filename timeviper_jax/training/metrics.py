@@ -44,6 +44,30 @@ def _mean(parts: Sequence[Mean]) -> float:
     return float(np.sum([part.total for part in parts])) / count if count else np.nan
 
 
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole lines of a `metrics.jsonl`; none where there is no file.
+
+    A line that a killed run left half written has no end, and is left out.
+
+    Raises:
+      ValueError: A line is no JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line[-1] != "\n":
+            continue
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} is damaged: line {number} is no JSON ({error}); take it out."
+            ) from None
+    return found
+
+
 class MetricsWriter:
     """Writes `metrics.jsonl` and TensorBoard events into a run's directory.
 
@@ -70,7 +94,7 @@ class MetricsWriter:
         line = {"step": step, **labels, **scalars}
         # First of the two: a full disk raises here, and would block the events.
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(_as_text(line))
         prefix = "/".join(labels.values())
         for name, value in scalars.items():
             self._events.add_scalar(f"{prefix}/{name}".lstrip("/"), value, step)
@@ -82,12 +106,14 @@ class MetricsWriter:
     def _take_back(self, step: int) -> None:
         if not self._path.exists():
             return
-        text = self._path.read_text(encoding="utf-8")
-        # A line that a killed run left half written has no end.
-        lines = [line for line in text.splitlines(keepends=True) if line[-1] == "\n"]
-        later = [line for line in lines if json.loads(line)["step"] > step]
-        if later:
-            self.taken_back = json.loads(later[-1])
+        lines = read_lines(self._path)
+        kept = [line for line in lines if line["step"] <= step]
+        if len(kept) < len(lines):
+            self.taken_back = lines[-1]
         part = self._path.with_suffix(".part")
-        part.write_text("".join(lines[: len(lines) - len(later)]), encoding="utf-8")
+        part.write_text("".join(map(_as_text, kept)), encoding="utf-8")
         part.replace(self._path)
+
+
+def _as_text(line: Mapping[str, Any]) -> str:
+    return json.dumps(line) + "\n"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from timeviper_jax import checksums
+from timeviper_jax.training.metrics import read_lines
 from timeviper_jax.training.speed import OF_THE_MACHINE
 
 EVERY = 5  # Steps between checkpoints.
@@ -106,14 +107,11 @@ class Run:
 
     def steps(self) -> dict[int, dict[str, Any]]:
         """What each step so far logged that follows from the config alone."""
-        path = self.folder / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        lines = [json.loads(x) for x in text.splitlines(keepends=True) if x[-1] == "\n"]
         return {
             line["step"]: {
                 k: v for k, v in line.items() if not k.startswith(OF_THE_MACHINE)
             }
-            for line in lines
+            for line in read_lines(self.folder / "metrics.jsonl")
             if "loss" in line
         }
 
