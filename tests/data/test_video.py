@@ -1,10 +1,14 @@
 """Frames are the ones on screen, however they were reached, or an error says why."""
 
+import fractions
+
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.conftest import draw, read
+from tests.data.conftest import SIDE, draw, read
+from timeviper_jax.data import media, video
 from timeviper_jax.data.video import (
     VideoError,
     fps_times,
@@ -64,6 +68,49 @@ def test_the_frame_is_the_one_on_screen(film, name, options):
         times = np.sort(rng.uniform(0, info.duration, count))
         want = np.floor(times * 4).astype(int).tolist()
         assert read(read_frames(path, times, 64)) == want
+
+
+def _late(path, *, pictures, sound, fragments):
+    """A film whose pictures and sound begin so many seconds after its start."""
+    flags = {"movflags": "frag_keyframe"} if fragments else {}
+    with av.open(str(path), "w", options=flags) as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "3"})
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        voice = container.add_stream("aac", rate=16_000)
+        for i in range(12):
+            frame = av.VideoFrame.from_ndarray(draw(i), format="rgb24")
+            frame.pts, frame.time_base = i + 10 * pictures, fractions.Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        silence = np.zeros((1, 16_000), np.float32)
+        samples = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+        samples.sample_rate, samples.pts = 16_000, 16_000 * sound
+        samples.time_base = fractions.Fraction(1, 16_000)
+        container.mux(voice.encode(samples))
+        container.mux([*voice.encode(), *stream.encode()])
+    return path
+
+
+@pytest.mark.parametrize("fragments", [False, True])
+@pytest.mark.parametrize("pictures, sound", [(0, 0), (3, 0), (0, 2)])
+def test_an_index_tells_what_a_look_at_the_frames_does(
+    tmp_path, monkeypatch, pictures, sound, fragments
+):
+    path = tmp_path / "late.mp4"
+    info = probe(_late(path, pictures=pictures, sound=sound, fragments=fragments))
+    assert info.num_frames >= 12
+    thorough = lambda path, limits, **_: media.open_video(path, limits)
+    monkeypatch.setattr(video, "open_video", thorough)
+    assert probe(path) == info
+
+
+def test_the_size_of_an_image_is_known_without_its_pixels(tmp_path):
+    path = tmp_path / "cut.png"
+    Image.fromarray(draw(1)[:, :48]).save(path)
+    path.write_bytes(path.read_bytes()[:60])
+    info = probe(path)
+    assert (info.height, info.width, info.duration) == (SIDE, 48, 1.0)
+    with pytest.raises(VideoError, match="not a readable image"):
+        read_frames(path, [0.5], 64)
 
 
 @pytest.mark.parametrize("x264", ["bframes=3", "open-gop=1:bframes=3", "bframes=0"])

@@ -127,6 +127,20 @@ def image_files(path: pathlib.Path, limits: MediaLimits) -> list[pathlib.Path]:
 
 def read_image(path: pathlib.Path, limits: MediaLimits) -> UInt8[np.ndarray, "H W 3"]:
     """The picture, upright, in RGB."""
+    with _open_image(path, limits) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(image.convert("RGB"))
+
+
+def image_size(path: pathlib.Path, limits: MediaLimits) -> tuple[int, int]:
+    """Height and width as the file says, before any turning upright."""
+    with _open_image(path, limits) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def _open_image(path: pathlib.Path, limits: MediaLimits) -> Iterator[Image.Image]:
+    """The picture, its pixels not yet read; errors name the file."""
     limits.check_file(path)
     try:
         with (
@@ -134,7 +148,7 @@ def read_image(path: pathlib.Path, limits: MediaLimits) -> UInt8[np.ndarray, "H 
             Image.open(path, formats=_IMAGE_FORMATS) as image,
         ):
             limits.check_size(path, image.height, image.width)
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            yield image
     except _IMAGE_ERRORS as error:
         raise VideoError(
             f"{path}: not a readable image ({one_line(error)}); replace the file."
@@ -143,9 +157,16 @@ def read_image(path: pathlib.Path, limits: MediaLimits) -> UInt8[np.ndarray, "H 
 
 @contextlib.contextmanager
 def open_video(
-    path: pathlib.Path, limits: MediaLimits, threads: int = 1
+    path: pathlib.Path,
+    limits: MediaLimits,
+    *,
+    threads: int = 1,
+    header_only: bool = False,
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Opens a video for decoding; errors name the file."""
+    """Opens a video for decoding; errors name the file.
+
+    With `header_only` no frames are decoded to find out what the header does not say.
+    """
     limits.check_file(path)
     options = {
         "protocol_whitelist": "file",
@@ -153,6 +174,8 @@ def open_video(
         "codec_whitelist": ",".join(limits.codecs),
         "max_pixels": str(limits.max_pixels),
     }
+    if header_only:
+        options["probesize"] = "32"  # The least that FFmpeg takes.
     try:
         # With its protocol: a name like "concat:a|b.mp4" is a file's name, too.
         with av.open(f"file:{path}", options=options) as container:

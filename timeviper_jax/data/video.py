@@ -5,10 +5,12 @@ An image is a video of one second; a folder of images is a video at one frame a 
 Files that cannot give what was asked raise `VideoError`, never a wrong frame.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
 
+import av
 import numpy as np
 from jaxtyping import Float64, UInt8
 
@@ -18,6 +20,7 @@ from timeviper_jax.data.media import (
     Number,
     VideoError,
     image_files,
+    image_size,
     open_video,
     read_image,
 )
@@ -33,7 +36,7 @@ class VideoInfo:
     duration: float  # Seconds.
     num_frames: int  # Declared, or else duration times fps.
     fps: float
-    height: int
+    height: int  # As stored; a reader may have to turn it upright.
     width: int
 
 
@@ -41,23 +44,40 @@ def probe(path: str | pathlib.Path, limits: MediaLimits = LIMITS) -> VideoInfo:
     """Reads duration and sizes without decoding a video's frames."""
     path = pathlib.Path(path)
     if images := image_files(path, limits):
-        height, width = read_image(images[0], limits).shape[:2]
+        height, width = image_size(images[0], limits)
         count = len(images)
         return VideoInfo(
             duration=float(count), num_frames=count, fps=1.0, height=height, width=width
         )
+    # A look at the first frames takes as long as to decode a dozen: where there is an
+    # index, it says all. What is wrong with a file the second way finds out, too.
+    with (
+        contextlib.suppress(VideoError),
+        open_video(path, limits, header_only=True) as (container, stream),
+    ):
+        if container.format.name.startswith("mov") and stream.frames:
+            return _info(container, stream, path, limits)
     with open_video(path, limits) as (container, stream):
-        duration = duration_of(container, stream, path)
-        fps = float(stream.average_rate or stream.base_rate or 0)
-        num_frames = stream.frames or max(1, round(duration * fps))
-        limits.check_extent(path, frames=num_frames, seconds=duration, fps=fps)
-        return VideoInfo(
-            duration=duration,
-            num_frames=num_frames,
-            fps=fps,
-            height=stream.codec_context.height,
-            width=stream.codec_context.width,
-        )
+        return _info(container, stream, path, limits)
+
+
+def _info(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    path: pathlib.Path,
+    limits: MediaLimits,
+) -> VideoInfo:
+    duration = duration_of(container, stream, path)
+    fps = float(stream.average_rate or stream.base_rate or 0)
+    num_frames = stream.frames or max(1, round(duration * fps))
+    limits.check_extent(path, frames=num_frames, seconds=duration, fps=fps)
+    return VideoInfo(
+        duration=duration,
+        num_frames=num_frames,
+        fps=fps,
+        height=stream.codec_context.height,
+        width=stream.codec_context.width,
+    )
 
 
 def sample_times(
@@ -130,7 +150,7 @@ def iter_frames(
     if images := image_files(path, limits):
         yield from _iter_images(images, times, fit, limits)
         return
-    with open_video(path, limits, threads) as (container, stream):
+    with open_video(path, limits, threads=threads) as (container, stream):
         reader = VideoReader(container, stream, path)
         reader.check_extent(limits)
         yield from reader.frames(times, fit)
