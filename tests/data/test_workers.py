@@ -33,6 +33,9 @@ def test_workers_give_the_frames_and_the_errors_of_their_caller(pool, film, tmp_
     assert pool.probe(str(path)) == video.probe(path)
     got = pool.read_frames(str(path), TIMES, 24)
     np.testing.assert_array_equal(got, video.read_frames(path, TIMES, 24))
+    # More than there is room for at once.
+    large = pool.read_frames(str(path), TIMES[:5], 1_400)
+    np.testing.assert_array_equal(large, video.read_frames(path, TIMES[:5], 1_400))
     pid = _pid(pool)
     with pytest.raises(VideoError, match="missing.mp4: no such file"):
         pool.probe(str(tmp_path / "missing.mp4"))
@@ -40,12 +43,14 @@ def test_workers_give_the_frames_and_the_errors_of_their_caller(pool, film, tmp_
     whole = film("plain.mkv", 96, fps=4).read_bytes()
     cut.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(VideoError, match=r"only \d+ of 96 frames"):
-        pool.read_frames(str(cut), TIMES, 24)
+        pool.read_frames(str(cut), TIMES[::16], 1_400)
     long = film("long.mp4", 101, fps=1)
     with pytest.raises(VideoError, match="101 seconds, but the limit is 100"):
         pool.read_frames(str(long), [1.0], 24)
     np.testing.assert_array_equal(pool.read_frames(str(path), TIMES, 24), got)
-    assert _pid(pool) == pid  # An error of a file ends no worker.
+    with pytest.raises(ValueError, match="4000 pixels a side takes more than"):
+        pool.read_frames(str(path), [1.0], 4_000)
+    assert _pid(pool) == pid  # No error ends a worker.
 
 
 def test_a_worker_that_dies_is_replaced(pool, film):

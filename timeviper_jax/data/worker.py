@@ -4,7 +4,9 @@ python -m timeviper_jax.data.worker SETTINGS  (JSON: limits, memory_bytes, cpu_s
 
 It reads requests, a JSON line each, from stdin and answers on stdout:
   P, a length and JSON   what `probe` found
-  F and pixels           the next frame, S x S x 3 bytes
+  F                      memory that both share holds the next frames, S x S x 3 bytes
+                         each: as many as there is room for, or all that are left;
+                         where there are more, an empty line says that these are taken
   D                      that was the last of them
   E, a length and JSON   why the file cannot give what was asked
 Nothing that a file can make it say is run or unpickled by whoever reads the answers.
@@ -14,12 +16,16 @@ more processor time than it was told; what breaks a bound ends it.
 
 import dataclasses
 import json
+import mmap
 import os
 import resource
 import signal
 import sys
-from collections.abc import Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
 
 from timeviper_jax.data.images import Fit
 from timeviper_jax.data.media import MediaLimits, VideoError
@@ -41,22 +47,52 @@ def bound(memory_bytes: int) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def answer(request: Mapping[str, Any], limits: MediaLimits, out: BinaryIO) -> None:
+class Line(NamedTuple):
+    """What a worker shares with whoever asks."""
+
+    requests: BinaryIO
+    answers: BinaryIO
+    room: UInt8[np.ndarray, "N"]  # For frames.
+
+
+def slots(
+    room: UInt8[np.ndarray, "N"], size: int
+) -> UInt8[np.ndarray, "_ {size} {size} 3"]:
+    """The places for frames that there is room for."""
+    each = 3 * size * size
+    return room[: len(room) // each * each].reshape(-1, size, size, 3)
+
+
+def answer(request: Mapping[str, Any], limits: MediaLimits, line: Line) -> None:
     """Answers one request; an error may come after some of its frames."""
     try:
         if request["op"] == "probe":
             info = dataclasses.asdict(probe(request["path"], limits))
-            _tell(out, b"P", info)
+            _tell(line.answers, b"P", info)
             return
         fit = Fit(**{**request["fit"], "fill": tuple(request["fit"]["fill"])})
-        for frame in iter_frames(request["path"], request["times"], fit, limits=limits):
-            out.write(b"F")
-            out.write(memoryview(frame).cast("B"))
-        out.write(b"D")
+        frames = iter_frames(request["path"], request["times"], fit, limits=limits)
+        _hand_over(frames, len(request["times"]), slots(line.room, fit.size), line)
+        line.answers.write(b"D")
     except VideoError as error:
         if isinstance(error.__cause__, MemoryError):
             raise error.__cause__ from error
-        _tell(out, b"E", str(error))
+        _tell(line.answers, b"E", str(error))
+
+
+def _hand_over(
+    frames: Iterator[UInt8[np.ndarray, "S S 3"]],
+    count: int,
+    places: UInt8[np.ndarray, "_ S S 3"],
+    line: Line,
+) -> None:
+    for done, frame in enumerate(frames, start=1):
+        places[(done - 1) % len(places)] = frame
+        if done == count or done % len(places) == 0:
+            line.answers.write(b"F")
+            line.answers.flush()
+            if done < count:
+                line.requests.readline()
 
 
 def _tell(out: BinaryIO, kind: bytes, value: Any) -> None:
@@ -71,14 +107,16 @@ def main() -> None:
         bounds[name] = tuple(bounds[name])
     limits = MediaLimits(**bounds)
     # Its own end of the answers: nothing that is printed gets between them.
-    out = os.fdopen(os.dup(1), "wb", 1 << 20)
+    out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    room = np.frombuffer(mmap.mmap(settings["room"], 0), np.uint8)
+    line = Line(sys.stdin.buffer, out, room)
     bound(settings["memory_bytes"])
-    for line in sys.stdin.buffer:
+    for request in line.requests:
         # Its signal ends the process, in whatever call it is.
         signal.setitimer(signal.ITIMER_PROF, settings["cpu_seconds"])
         try:
-            answer(json.loads(line), limits, out)
+            answer(json.loads(request), limits, line)
             out.flush()
         except MemoryError:
             os._exit(OUT_OF_MEMORY)

@@ -1,8 +1,10 @@
 """Decoding strangers' files in processes that may die, and are then replaced."""
 
 import dataclasses
+import fcntl
 import functools
 import json
+import mmap
 import os
 import pathlib
 import queue
@@ -22,9 +24,14 @@ from timeviper_jax.data import video
 from timeviper_jax.data.images import Fit, as_fit
 from timeviper_jax.data.media import MediaLimits, Number, VideoError
 from timeviper_jax.data.video import VideoInfo
-from timeviper_jax.data.worker import LENGTH_BYTES, OUT_OF_MEMORY
+from timeviper_jax.data.worker import LENGTH_BYTES, OUT_OF_MEMORY, slots
 
-_PIPE_BYTES = 1 << 20  # As much as a process may have without asking.
+_ROOM_BYTES = 1 << 24  # For frames on their way out of a worker.
+# A frame's memory serves the next one, instead of being given back and asked for again:
+# a tenth of the time that it takes to decode one. The first is the most glibc takes.
+_KEEP_FREED_MEMORY = dict(
+    MALLOC_MMAP_THRESHOLD_=str(1 << 25), MALLOC_TRIM_THRESHOLD_=str(1 << 28)
+)
 _LONGEST_TEXT = 1 << 16
 
 
@@ -94,6 +101,11 @@ class WorkerPool:
         fit, times = as_fit(fit), np.asarray(times, np.float64)
         if np.any(np.diff(times) < 0):
             raise ValueError("Frames are read forwards; sort the times.")
+        if 3 * fit.size**2 > _ROOM_BYTES:
+            raise ValueError(
+                f"A frame of {fit.size} pixels a side takes more than {_ROOM_BYTES}"
+                " bytes, all that workers have room for; decode with workers.count=0."
+            )
         frames = np.empty((len(times), fit.size, fit.size, 3), np.uint8)
         request = dict(
             op="frames",
@@ -159,11 +171,14 @@ class _Worker:
 
     def __init__(self, limits: MediaLimits, cfg: WorkerConfig):
         self._cfg = cfg
+        room = _shared_memory()
+        self._room = np.frombuffer(mmap.mmap(room, 0, prot=mmap.PROT_READ), np.uint8)
         settings = json.dumps(
             dict(
                 limits=dataclasses.asdict(limits),
                 memory_bytes=cfg.memory_bytes,
                 cpu_seconds=cfg.cpu_seconds,
+                room=room,
             )
         )
         # Threads of a linear algebra library would reserve memory that it never uses.
@@ -174,6 +189,7 @@ class _Worker:
             LD_LIBRARY_PATH=os.environ.get("LD_LIBRARY_PATH", ""),
             OPENBLAS_NUM_THREADS="1",
             OMP_NUM_THREADS="1",
+            **_KEEP_FREED_MEMORY,
         )
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "timeviper_jax.data.worker", settings],
@@ -181,8 +197,9 @@ class _Worker:
             stdout=subprocess.PIPE,
             env=env,
             bufsize=0,
-            pipesize=_PIPE_BYTES,
+            pass_fds=[room],
         )
+        os.close(room)
         self._end = weakref.finalize(self, _end, self._process)
         self.in_step = True
 
@@ -194,18 +211,25 @@ class _Worker:
         self.in_step = False
         self._path = request["path"]
         self._deadline = time.monotonic() + self._cfg.wall_seconds
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        except BrokenPipeError as error:
-            raise self._died() from error
+        self._say(json.dumps(request))
         found = self._frames(frames) if frames is not None else self._told(b"P")
         self.in_step = True
         return found
 
+    def _say(self, text: str) -> None:
+        try:
+            self._process.stdin.write(text.encode() + b"\n")
+        except BrokenPipeError as error:
+            raise self._died() from error
+
     def _frames(self, frames: UInt8[np.ndarray, "F S S 3"]) -> None:
-        for frame in frames:
+        places = slots(self._room, frames.shape[1])
+        for start in range(0, len(frames), len(places)):
+            left = frames[start : start + len(places)]
             self._expect(b"F")
-            self._read_into(memoryview(frame).cast("B"))
+            left[:] = places[: len(left)]
+            if start + len(left) < len(frames):
+                self._say("")
         self._expect(b"D")
 
     def _told(self, kind: bytes) -> Any:
@@ -232,27 +256,32 @@ class _Worker:
             raise self._died("made no sense") from error
 
     def _read(self, count: int) -> bytes:
-        room = bytearray(count)
-        self._read_into(memoryview(room))
-        return bytes(room)
-
-    def _read_into(self, room: memoryview) -> None:
-        pipe = self._process.stdout
+        pipe, said = self._process.stdout, b""
         ready = select.poll()
         ready.register(pipe, select.POLLIN)
-        while room:
+        while len(said) < count:
             left = max(0.0, self._deadline - time.monotonic())
             if not ready.poll(1000 * left):
                 raise self._died(f"took over {self._cfg.wall_seconds:g} s")
-            count = pipe.readinto(room)
-            if not count:
+            more = pipe.read(count - len(said))
+            if not more:
                 raise self._died()
-            room = room[count:]
+            said += more
+        return said
 
     def _died(self, reason: str | None = None) -> WorkerDied:
         if reason is None:
             reason = _reason(self._process.wait(), self._cfg)
         return WorkerDied(self._path, reason)
+
+
+def _shared_memory() -> int:
+    """A file in memory for frames; nobody can cut it off under who reads it."""
+    room = os.memfd_create("frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(room, _ROOM_BYTES)
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(room, fcntl.F_ADD_SEALS, seals)
+    return room
 
 
 def _end(process: subprocess.Popen) -> None:
