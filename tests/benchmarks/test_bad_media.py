@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from timeviper_jax.benchmarks.bad_media import __main__ as bad_media
+from timeviper_jax.benchmarks.bad_media import cost
 
 
 @pytest.mark.slow
@@ -26,3 +28,23 @@ def test_a_short_decode_that_nobody_flagged_is_not_ok():
     assert not bad_media.summary([segfault])["ok"]
     late = dict(died, reason="a: the process that decoded it took over 60 s.")
     assert bad_media.summary([late])["ok"]
+
+
+def test_a_cost_is_that_of_the_same_round():
+    machine = np.array([1.0, 3.0, 2.0, 5.0, 1.5])  # So slow it was, round by round.
+    taken = dict(plain=list(machine), checked=list(1.02 * machine))
+    found = cost.compare(taken)["checked"]
+    assert found == dict(median=0.02, interval=[0.02, 0.02], ok=True)
+    taken["checked"][0] *= 1.5
+    found = cost.compare(taken)["checked"]
+    assert found["median"] == 0.02 and not found["ok"]
+
+
+@pytest.mark.slow
+def test_all_ways_to_make_a_row_give_the_same_pixels(capsys):
+    cost.main(["--rounds", "1", "--size", "32"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        *("alone, limits", "alone, workers"),
+        *("together, limits", "together, workers"),
+    ]

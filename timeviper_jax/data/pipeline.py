@@ -264,12 +264,14 @@ def load_example(
     tokenizer: Tokenizer,
     rng: np.random.Generator,
     features: FeatureStore | None = None,
+    media: Decoder | None = None,
 ) -> Example:
     """An item with its frames (or their features) and its text as ids.
 
+    `media` reads files; without one, what the config says of limits and workers does.
     Raises `VideoError` for media that cannot be read, `Misfit` before reading them.
     """
-    media = decoder(cfg.media, cfg.workers)
+    media = media or decoder(cfg.media, cfg.workers)
     times, seconds = _frame_times(item, cfg, rng, media)
     if (frames := sum(map(len, times))) > cfg.num_frames:
         raise Misfit(f"{frames} frames, but a row holds {cfg.num_frames}")
@@ -308,11 +310,12 @@ def _frame_times(
     """The moments to show of each medium, and the seconds they stand for in all."""
     times, seconds = [], 0.0
     for path in item.media:
+        if is_image(path):  # A second long, whatever is in it.
+            times.append(np.array([0.5]))
+            seconds += 1.0
+            continue
         start, end = _window(item, path, media)
         seconds += end - start
-        if is_image(path):
-            times.append(np.array([0.5]))
-            continue
         if item.frame_times is not None:
             times.append(np.array(item.frame_times, np.float64))
             continue

@@ -15,7 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -64,9 +64,20 @@ class WorkerConfig:
             raise ValueError(f"{self} must allow for some memory and time.")
 
 
+@runtime_checkable
+class Decoder(Protocol):
+    """Who gives frames of files, as the functions of `video` do, with their errors."""
+
+    def probe(self, path: str) -> VideoInfo: ...
+
+    def read_frames(
+        self, path: str, times: Sequence[float] | np.ndarray, fit: Fit | int
+    ) -> UInt8[np.ndarray, "F S S 3"]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class LocalDecoder:
-    """Decodes where it is called; `probe` and `read_frames` are those of `video`."""
+    """Decodes where it is called."""
 
     limits: MediaLimits
 
@@ -155,9 +166,6 @@ def _version(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None  # To open it will say what is wrong.
     return stat.st_size, stat.st_mtime_ns
-
-
-Decoder = LocalDecoder | WorkerPool  # Errors of both are `VideoError`.
 
 
 @functools.cache
