@@ -1,5 +1,10 @@
 """What a line of metrics says of speed: what was counted, over the time that passed."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 import types
 
 import jax
@@ -135,3 +140,28 @@ def test_frames_without_text_are_counted_alone():
         frames=np.zeros((5, 2, 2, 3), np.uint8), labels=np.zeros(5, np.int32)
     )
     assert jax.tree.map(int, task.count(batch, mini.CONFIG)) == {"frames": 5}
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_row_once():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.count_in_two", address, str(index)],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    # Gloo, which carries their collectives, prints before.
+    last = [process.communicate()[0].splitlines()[-1] for process in processes]
+    found = [json.loads(line) for line in last]
+    alone = mini.make_task().count(mini.make_batch(mini.ROWS), mini.CONFIG)
+    want = jax.tree.map(int, alone)
+    assert found[0] == found[1]
+    parts = {"rows": 2, "tokens": 1, "both": 2}
+    assert found[0] == {name: want | {"parts": n} for name, n in parts.items()}
