@@ -93,9 +93,9 @@ def make_tiny_needles(folder: pathlib.Path) -> None:
 MAKERS = {"shapes": shapes.make, "tiny_needles": make_tiny_needles}
 
 
-def apply_sweep(c: ml_collections.ConfigDict, index: int, path: str) -> None:
-    """Applies the index-th overrides of the config file's `sweep()`."""
-    overrides = sweep.overrides(path)
+def apply_sweep(c: ml_collections.ConfigDict, index: int, config: str) -> None:
+    """Applies the index-th overrides of the `sweep()` of FILE.py or FILE.py:ARG."""
+    overrides = sweep.overrides(config)
     if not 0 <= index < len(overrides):
         raise ValueError(f"sweep_index={index} is outside 0..{len(overrides) - 1}.")
     c.update_from_flattened_dict(overrides[index])
@@ -436,8 +436,8 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", values.compilation_cache)
     c = values.config
     if values.sweep_index is not None:
-        path = config_flags.get_config_filename(values["config"])
-        apply_sweep(c, values.sweep_index, path)
+        config = config_flags.get_config_filename(values["config"])
+        apply_sweep(c, values.sweep_index, config)
     try:
         run(c, values.workdir, values.profile)
     except (guard.TooManySkipped, pipeline.TooManyBad) as error:

@@ -328,7 +328,7 @@ def test_a_sweep_index_applies_its_overrides(tmp_path):
         '    yield {"stages.instruct.lrr": 0.5}\n'
     )
     c = stage2_video.get_config().lock()
-    train.apply_sweep(c, 0, str(path))
+    train.apply_sweep(c, 0, f"{path}:smoke")
     assert c.stages.instruct.lr == 0.5
     with pytest.raises(KeyError, match="lrr"):
         train.apply_sweep(c, 1, str(path))

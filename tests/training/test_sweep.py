@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from timeviper_jax.training import sweep
+from timeviper_jax.training import compare, sweep
 from timeviper_jax.training.signals import STOPPED
 
 # In place of train.py: notes that it was there, and ends as FILE.py's sweep says.
@@ -122,6 +122,17 @@ time.sleep(60)
 """
 
 
+def ask_once_there_is(path):
+    """Sends this process, while a sweep runs in it, a signal to stop."""
+
+    def ask():
+        while not path.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+
+
 @pytest.mark.parametrize("status", [STOPPED, 1, 0])
 def test_a_signal_goes_to_the_run_and_ends_the_sweep(config, run, tmp_path, status):
     """However the run then ends: it may not have come to where it listens."""
@@ -129,12 +140,34 @@ def test_a_signal_goes_to_the_run_and_ends_the_sweep(config, run, tmp_path, stat
     (tmp_path / "train.py").write_text(SLOW.format(status=status))
     first = tmp_path / "sweep" / "00"
 
-    def ask():
-        while not (first / "begun").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=ask).start()
+    ask_once_there_is(first / "begun")
     assert run(path)[0] == STOPPED
     assert (first / "asked").exists() and not first.with_name("01").exists()
     assert json.loads((first / sweep.RECORD).read_text())["status"] == status
+
+
+@pytest.mark.slow
+def test_real_runs_are_stopped_continued_and_tabled(tmp_path, capsys):
+    workdir = tmp_path / "sweep"
+    command = [
+        *("--config", "configs/stage1_align.py:smoke", "--only", "1,3"),
+        *("--workdir", str(workdir), "--"),
+        f"--config.data.manifest={tmp_path / 'data' / 'data.yaml'}",
+    ]
+
+    ask_once_there_is(workdir / "01" / "metrics.jsonl")
+    for status in (STOPPED, 0):
+        with pytest.raises(SystemExit) as ended:
+            sweep.main(command)
+        assert ended.value.code == status
+    capsys.readouterr()
+    compare.main([str(workdir / "01"), str(workdir / "03"), "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["overrides"] for row in rows] == [
+        {"stages.align.lr": 1e-5},
+        {"stages.align.lr": 1e-3},
+    ]
+    for row in rows:
+        assert (row["steps"], row["of_steps"], row["stage"]) == (4, 4, "align")
+        assert row["loss"] > 0 and row["tokens_per_second"] > 0
+        assert row["frames_per_second"] == pytest.approx(2 * row["steps_per_second"])

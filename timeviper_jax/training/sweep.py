@@ -32,12 +32,13 @@ _TRAIN = pathlib.Path(__file__).parents[2] / "train.py"
 RECORD = "sweep.json"  # What an index runs, and how its last process ended.
 
 
-def overrides(path: str) -> list[dict[str, Any]]:
-    """What each index of a config file's `sweep()` changes.
+def overrides(config: str) -> list[dict[str, Any]]:
+    """What each index of the `sweep()` of FILE.py or FILE.py:ARG changes.
 
     Raises:
       ValueError: There is no such file, or it has no sweep.
     """
+    path, _, _ = config.partition(":")
     if not pathlib.Path(path).exists():
         raise ValueError(f"There is no config {path!r}; give a file such as FILE.py.")
     spec = importlib.util.spec_from_file_location("config", path)
@@ -178,7 +179,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     try:
-        changes = overrides(options.config.partition(":")[0])
+        changes = overrides(options.config)
         indices = [
             Index(
                 *(number, options.workdir / f"{number:02}"),
