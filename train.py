@@ -46,7 +46,14 @@ from timeviper_jax.inference import encode
 from timeviper_jax.layers.lora import LoraConfig, adapted, is_lora, merged
 from timeviper_jax.layers.lora import init as init_lora
 from timeviper_jax.timeviper import TimeViper, TimeViperConfig
-from timeviper_jax.training import checkpoint, experiment, guard, loop, sweep
+from timeviper_jax.training import (
+    checkpoint,
+    experiment,
+    guard,
+    loop,
+    processes,
+    sweep,
+)
 from timeviper_jax.training.arithmetic import step_flops
 from timeviper_jax.training.experiment import FrameTask, StageConfig
 from timeviper_jax.training.loss import check_answers
@@ -404,7 +411,28 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "multihost", False, "Join the other hosts of a pod.", flag_values=values
+        "multihost",
+        False,
+        "Join the other hosts, which a cluster knows: TPU pod, Slurm, MPI, Kubernetes.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "Elsewhere: HOST:PORT of process 0; also JAX_COORDINATOR_ADDRESS.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_processes",
+        None,
+        "How many there are; also JAX_NUM_PROCESSES.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "process_id",
+        None,
+        "Which one this is, from 0; also JAX_PROCESS_ID.",
+        flag_values=values,
     )
     flags.DEFINE(
         StepsParser(),
@@ -430,8 +458,11 @@ def main(argv: list[str]) -> None:
     handler = logging.get_absl_handler()
     handler.addFilter(lambda record: "orbax" not in record.pathname)
     values = flags.FLAGS
-    if values.multihost:
-        jax.distributed.initialize()
+    given = processes.Place(values.coordinator, values.num_processes, values.process_id)
+    try:
+        processes.join(processes.find(given), cluster=values.multihost)
+    except ValueError as error:
+        sys.exit(str(error))
     if values.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", values.compilation_cache)
     c = values.config

@@ -1,16 +1,20 @@
 """Loss and gradients on eight simulated devices against one device's, a mesh a line.
 
 export XLA_FLAGS=--xla_force_host_platform_device_count=8
-python -m tests.training.meshes mixed 1,2,2,2 8,1,1,1   # Packed rows and others.
-python -m tests.training.meshes plain 1,2,2,2           # And the compiled program.
+python -m tests.training.meshes WANTED mixed 1,2,2,2 8,1,1,1
+python -m tests.training.meshes WANTED plain 1,2,2,2    # And the compiled program.
 
-The `mixed` model is rolled, with each kind of layer once: a program takes 8 seconds to
-compile. The `plain` one is unrolled, with two stages of TransV.
+Rows are packed and others (`mixed`), or all of one sample (`single`, `plain`). That
+model is rolled, with each kind of layer once: a program takes 8 seconds to compile.
+The `plain` one is unrolled, with two stages of TransV. In several processes (by
+JAX_COORDINATOR_ADDRESS and the like) each compares the shards that it has. WANTED is a
+file with what one device finds, which is made if it is missing.
 """
 
 import dataclasses
 import functools
 import json
+import pathlib
 import sys
 
 import jax
@@ -24,7 +28,7 @@ from timeviper_jax.data.examples import Batch, Role
 from timeviper_jax.llm.transv import Stage
 from timeviper_jax.presets import PRESETS
 from timeviper_jax.timeviper import TimeViper
-from timeviper_jax.training import cross_entropy
+from timeviper_jax.training import cross_entropy, processes
 from timeviper_jax.training.loss import text_objective
 from timeviper_jax.training.parameters import merge, split
 
@@ -108,13 +112,31 @@ def gradients(graph, params, batch):
 
 
 def run(graph, params, batch, sizes) -> tuple[tuple, str]:
-    """Loss and gradients on a mesh, and the program that made them."""
+    """Loss and gradients on a mesh, and the program that made them.
+
+    `batch` is the whole one, of which a process puts the rows that are its own.
+    """
     mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
-    params = jax.device_put(params, sharding.shard_params(params, mesh))
-    batch = sharding.put(batch, mesh)
+    places = sharding.shard_params(params, mesh)
+    params = {
+        path: jax.make_array_from_callback(array.shape, places[path], array.__getitem__)
+        for path, array in params.items()
+    }
+    part, parts = sharding.feed(mesh)
+    here = slice(part * ROWS // parts, (part + 1) * ROWS // parts)
+    batch = sharding.put(jax.tree.map(lambda z: z[here], batch), mesh)
     with jax.set_mesh(mesh):
         compiled = gradients.lower(graph, params, batch).compile()
-        return jax.device_get(compiled(params, batch)), compiled.as_text()
+        return compiled(params, batch), compiled.as_text()
+
+
+def find_wanted(path, graph, params, batch) -> tuple[float, dict]:
+    """One device's loss and gradients, which the first call keeps."""
+    if not pathlib.Path(path).exists():
+        loss, grads = gradients(graph, params, jax.tree.map(jnp.asarray, batch))
+        np.savez(path, loss=loss, **grads)
+    found = dict(np.load(path))
+    return float(found.pop("loss")), found
 
 
 def compare(got, want, sizes) -> dict:
@@ -124,13 +146,18 @@ def compare(got, want, sizes) -> dict:
     # A bias of keys moves all logits alike: its gradient is nothing but rounding.
     own = {path: own[path.replace("/k/bias", "/q/bias")] for path in own}
     errors = {
-        path: float(np.abs(grads[path] - want[1][path]).max() / own[path])
+        path: max(
+            float(np.abs(shard.data - want[1][path][shard.index]).max() / own[path])
+            for shard in grads[path].addressable_shards
+        )
         for path in grads
     }
     worst = max(errors, key=errors.get)
+    losses = [float(shard.data) for shard in loss.addressable_shards]
     return dict(
         mesh=sizes,
-        loss=float(abs(loss - want[0]) / want[0]),
+        processes=jax.process_count(),
+        loss=max(abs(one - want[0]) for one in losses) / want[0],
         grads=errors[worst],
         worst=worst,
     )
@@ -144,19 +171,20 @@ def make_model(cfg):
     """
     graph, params = split(build(lambda: TimeViper(cfg, rngs=nnx.Rngs(0)), seed=1))
     return graph, {
-        path: array / 2 if path.endswith("kernel") else array
+        path: np.asarray(array) / 2 if path.endswith("kernel") else np.asarray(array)
         for path, array in params.items()
     }
 
 
 if __name__ == "__main__":
-    what, *meshes = sys.argv[1:]
+    wanted, what, *meshes = sys.argv[1:]
+    processes.join(processes.find(processes.Place()), cluster=False)
     cross_entropy._AT_ONCE = 256  # Else all of these logits would stand at once.
     graph, params = make_model(TWO_STAGES if what == "plain" else CONFIG)
-    batch = make_batch(samples=1 if what == "plain" else 2)
-    meshes = [tuple(map(int, mesh.split(","))) for mesh in meshes]
-    want = gradients(graph, params, jax.tree.map(jnp.asarray, batch))
-    for sizes in meshes:
+    batch = make_batch(samples=2 if what == "mixed" else 1)
+    want = find_wanted(wanted, graph, params, batch)
+    for mesh in meshes:
+        sizes = tuple(map(int, mesh.split(",")))
         got, program = run(graph, params, batch, sizes)
         print(json.dumps(compare(got, want, sizes)), flush=True)
         if what == "plain":

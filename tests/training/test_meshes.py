@@ -1,10 +1,12 @@
 """Every way to split a step over eight devices gives what one device gives."""
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -14,21 +16,46 @@ import pytest
 MESHES = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(s) == 8]
 
 
-def _run(what, meshes):
-    """What `tests/training/meshes.py` prints on eight simulated devices."""
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("meshes")
+
+
+def _run(folder, what, meshes, *, processes=1):
+    """What each process of `tests/training/meshes.py` prints, on 8 devices in all."""
+    flags = f"--xla_force_host_platform_device_count={8 // processes}"
     if jax.__version_info__ < (0, 11):
         # A third of the time to compile; later versions have but one emitter.
         flags += " --xla_cpu_use_fusion_emitters=false"
-    arguments = [",".join(map(str, sizes)) for sizes in meshes]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.meshes", what, *arguments],
-        env=os.environ | {"XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"}
+    if processes > 1:
+        environment["JAX_COORDINATOR_ADDRESS"] = f"localhost:{_free_port()}"
+        environment["JAX_NUM_PROCESSES"] = str(processes)
+    command = [sys.executable, "-m", "tests.training.meshes"]
+    command += [str(folder / f"{what}.npz"), what]
+    command += [",".join(map(str, sizes)) for sizes in meshes]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for number in range(processes):
+            out, log = (
+                stack.enter_context((folder / f"{name}{number}.txt").open("w+"))
+                for name in ("out", "log")
+            )
+            if processes > 1:
+                environment["JAX_PROCESS_ID"] = str(number)
+            process = subprocess.Popen(command, env=environment, stdout=out, stderr=log)
+            stack.callback(process.kill)
+            started.append((process, out, log))
+        for process, _, log in started:
+            status = process.wait(600)
+            assert not status, log.seek(0) or log.read()[-3000:]
+        return [out.seek(0) or out.read() for _, out, _ in started]
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def _check(line):
@@ -39,22 +66,43 @@ def _check(line):
 
 
 @pytest.mark.slow
-def test_every_mesh_of_eight_gives_one_devices_loss_and_gradients():
-    lines = _run("mixed", MESHES).splitlines()
+def test_every_mesh_of_eight_gives_one_devices_loss_and_gradients(folder):
+    (printed,) = _run(folder, "mixed", MESHES)
+    lines = printed.splitlines()
     assert len(lines) == len(MESHES) == 20
     for line in lines:
         _check(line)
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain(folder):
     """What a mesh of three axes gives, and the program that it ran."""
-    return _run("plain", [(1, 2, 2, 2)]).split("\n", 1)
+    (printed,) = _run(folder, "plain", [(1, 2, 2, 2)])
+    return printed.split("\n", 1)
 
 
 @pytest.mark.slow
 def test_rows_of_one_sample_and_two_stages_do_too(plain):
     _check(plain[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "what", "sizes"),
+    [
+        # What cuts first goes across processes: fsdp, then tensor and context, whose
+        # hosts make the same rows.
+        (2, "single", (1, 2, 2, 2)),
+        (4, "mixed", (1, 1, 2, 4)),
+    ],
+)
+def test_processes_that_share_a_mesh_do_too(folder, processes, what, sizes):
+    if not (folder / f"{what}.npz").exists():
+        _run(folder, what, [])
+    for printed in _run(folder, what, [sizes], processes=processes):
+        (line,) = [x for x in printed.splitlines() if x.startswith("{")]
+        assert json.loads(line)["processes"] == processes
+        _check(line)
 
 
 def _computations(program):
