@@ -1,4 +1,4 @@
-"""What every config file shares: the argument after the colon, and when to give up."""
+"""What config files share: the argument after the colon, models, when to give up."""
 
 import ml_collections
 
@@ -30,7 +30,32 @@ MEDIA = dict(
 # threads of the input itself, for data that are trusted.
 WORKERS = dict(count=0, memory_bytes=4 << 30, cpu_seconds=120, wall_seconds=1_200)
 
+# What goes with a language model: the tokenizer that its checkpoint comes with, its
+# template, and where TransV stands. The 9B's layers are the paper's, which names none
+# for the others. Theirs are ours, at the same depth: 1/8 and 7/10 of the layers, the
+# second one of attention. A transformer's layer is two of these, and is not cut in two.
+MODELS = {
+    "nano_9b": dict(
+        tokenizer="data/nano/tokenizer.json", template="nano", transv_layers=(7, 39)
+    ),
+    "nano_12b": dict(
+        tokenizer="data/nano/tokenizer.json", template="nano", transv_layers=(7, 43)
+    ),
+    "qwen2_7b": dict(
+        tokenizer="data/qwen2.5/tokenizer.json",
+        template="chatml",
+        transv_layers=(8, 40),
+    ),
+}
+
 _BOOLS = {"": True, "true": True, "false": False}
+
+
+def find_model(name: str) -> ml_collections.ConfigDict:
+    """What goes with the language model of this name."""
+    if name not in MODELS:
+        raise ValueError(f"model={name!r} is not one of {sorted(MODELS)}.")
+    return ml_collections.ConfigDict(MODELS[name])
 
 
 def parse_arg(

@@ -1,11 +1,14 @@
-r"""TimeViper-9B, stage 1: teach the projector the language model's space.
+r"""TimeViper, stage 1: teach the projector the language model's space.
 
 python train.py --config configs/stage1_align.py --workdir runs/stage1
+python train.py --config configs/stage1_align.py:model=nano_12b --workdir runs/s1_12b
+python train.py --config configs/stage1_align.py:model=qwen2_7b --workdir runs/s1_7b
 python train.py --config configs/stage1_align.py:smoke --workdir runs/stage1_smoke
 python train.py --config configs/stage1_align.py --sweep_index 0 --workdir runs/s1_0
 
 Image-text pairs, the projector alone, TransV off, lr 1e-5, as the paper says. Batch
-size and steps (one epoch of 558k pairs) are not published: these are ours.
+size and steps (one epoch of 558k pairs) are not published: these are ours. Without
+`model` it is the 9B; qwen2_7b is the paper's transformer baseline (Qwen2.5).
 `smoke` trains four steps of a tiny model on pictures that it draws itself.
 """
 
@@ -14,18 +17,19 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import GUARD, LIMITS, MEDIA, WORKERS, parse_arg
+from configs.common import GUARD, LIMITS, MEDIA, WORKERS, find_model, parse_arg
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the whole experiment; nothing else decides how a run behaves."""
-    arg = parse_arg(arg, smoke=False)
+    arg = parse_arg(arg, model="nano_9b", smoke=False)
+    model = find_model(arg.model)
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.init_from = ""  # A run, or a checkpoint, to begin with its parameters.
     c.init_parts = ()  # Patterns of the paths that are taken from it; () is all.
     c.model = dict(
-        preset="nano_9b",
+        preset=arg.model,
         dtype="bfloat16",
         param_dtype="float32",
         rolled=True,
@@ -40,8 +44,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         prepared=False,
         features="",
         encode_batch=64,
-        tokenizer="data/nano/tokenizer.json",
-        template="nano",
+        tokenizer=model.tokenizer,
+        template=model.template,
         num_threads=16,
         lanes=16,  # Hosts share them evenly; results follow from it.
         root="",  # What the manifest names lies here, or where it lies itself.

@@ -1,14 +1,21 @@
-r"""TimeViper-9B, stage 2: instruction tuning on video, with TransV.
+r"""TimeViper, stage 2: instruction tuning on video, with TransV.
 
 python train.py --config configs/stage2_video.py --workdir runs/stage2
 python train.py --config configs/stage2_video.py:frames=512,transv=false ...
+python train.py --config configs/stage2_video.py:model=nano_12b \
+    --config.init_from=runs/s1_12b --workdir runs/s2_12b
+python train.py --config configs/stage2_video.py:model=qwen2_7b,transv=false \
+    --config.init_from=runs/s1_7b --workdir runs/s2_7b
+python train.py --config configs/stage2_video.py:lora --workdir runs/s2_lora
 python train.py --config configs/stage2_video.py:smoke --workdir runs/stage2_smoke
 python train.py --config configs/stage2_video.py --sweep_index 2 --workdir runs/s2_2
 
 Projector, language model and TransV learn, the encoder does not; lr 1e-5, TransV's
 5e-5, as the paper says. Batch size and steps (one epoch of 1.3M samples) are not
-published: these are ours. `smoke` trains four steps of a tiny model on films that it
-makes itself.
+published: these are ours. Without `model` it is the 9B; qwen2_7b is the paper's
+transformer baseline (Qwen2.5). `lora` holds the language model's matrices and trains
+pairs beside them, of the release's rank; projector and TransV still learn whole.
+`smoke` trains four steps of a tiny model on films that it makes itself.
 """
 
 from collections.abc import Iterator
@@ -16,18 +23,21 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import GUARD, LIMITS, MEDIA, WORKERS, parse_arg
+from configs.common import GUARD, LIMITS, MEDIA, WORKERS, find_model, parse_arg
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the whole experiment; nothing else decides how a run behaves."""
-    arg = parse_arg(arg, frames=256, transv=True, smoke=False)
+    arg = parse_arg(
+        arg, model="nano_9b", frames=256, transv=True, lora=False, smoke=False
+    )
+    model = find_model(arg.model)
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.init_from = "runs/stage1"  # Or a converted folder, or a published checkpoint.
     c.init_parts = ()  # Patterns of the paths that are taken from it; () is all.
     c.model = dict(
-        preset="nano_9b",
+        preset=arg.model,
         dtype="bfloat16",
         param_dtype="float32",
         rolled=True,
@@ -42,8 +52,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         prepared=False,
         features="",
         encode_batch=64,
-        tokenizer="data/nano/tokenizer.json",
-        template="nano",
+        tokenizer=model.tokenizer,
+        template=model.template,
         num_threads=16,
         lanes=16,  # Hosts share them evenly; results follow from it.
         root="",  # What the manifest names lies here, or where it lies itself.
@@ -83,11 +93,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         transv=(),
     )
     if arg.transv:  # `keep` is a share of the vision tokens there were at first.
+        shallow, deep = model.transv_layers
         c.stages.instruct.transv = (
-            dict(layer=7, keep=0.5, select="uniform"),
-            dict(layer=39, keep=0.1, select="attention"),
+            dict(layer=shallow, keep=0.5, select="uniform"),
+            dict(layer=deep, keep=0.1, select="attention"),
         )
         c.stages.instruct.lr_multipliers = ((r"^llm/transv/", 5.0),)
+    if arg.lora:
+        c.lora.targets = (r"^llm/(attention|mamba|mlp)/mixer/(?!conv).*/kernel",)
+        c.stages.instruct.frozen += (r"^llm/(?!transv/|.*/lora_)",)
     c.log_every = 20
     c.checkpoint_every = 500
     c.max_redone = 550  # Steps that a kill may cost; as checkpoint_every: strict.
@@ -120,9 +134,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def sweep() -> Iterator[dict[str, Any]]:
     """Yields one run's overrides at a time; `--sweep_index` picks one."""
-    for lr in (5e-6, 1e-5, 2e-5):
-        for factor in (1.0, 5.0):
-            yield {
-                "stages.instruct.lr": lr,
-                "stages.instruct.lr_multipliers": ((r"^llm/transv/", factor),),
-            }
+    rates = (5e-6, 1e-5, 2e-5)
+    for lr in rates:
+        yield {"stages.instruct.lr": lr}
+    for lr in rates:  # With TransV as fast as all else.
+        yield {
+            "stages.instruct.lr": lr,
+            "stages.instruct.lr_multipliers": ((r"^llm/transv/", 1.0),),
+        }

@@ -7,8 +7,12 @@ import pathlib
 import pytest
 
 import train
-from configs.common import parse_arg
+from configs.common import MODELS, parse_arg
 from timeviper_jax import sharding
+from timeviper_jax.benchmarks.fit import __main__ as command
+from timeviper_jax.benchmarks.fit import program, report, table
+from timeviper_jax.layers.lora import is_lora
+from timeviper_jax.presets import PRESETS
 from timeviper_jax.training.checkpoint import load_model, open_run
 from timeviper_jax.training.experiment import StageConfig, describe, model_config
 from timeviper_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -55,6 +59,55 @@ def test_every_stage_fits_its_model(name, arg):
         make_optimizer(
             moving, lambda _: 1.0, OptimizerConfig(**c.optimizer), stage.lr_multipliers
         )
+
+
+def make_step(name, arg, row):
+    """A config's last stage on the chips of a row of docs/pods.md's table."""
+    config = json.loads(json.dumps(get_config(name, arg).to_dict()))
+    mesh = report.devices_without(row.topology, command.axes(row.mesh))
+    return program.make(config, mesh, rows=row.rows)
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_both_stages_of_every_model_divide_on_the_documents_meshes(model):
+    """Which also finds each parameter's one rule, and what each pattern names."""
+    for row in table.ROWS:
+        video = f"model={model},frames={row.frames}"
+        for name, arg in (("stage1_align", f"model={model}"), ("stage2_video", video)):
+            step = make_step(name, arg, row)
+            assert step.arguments.batch.tokens.shape[0] == row.rows
+            assert step.cfg.llm.pattern == PRESETS[model].llm.pattern
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_transv_stands_at_the_same_depth_in_every_model(model):
+    step = make_step("stage2_video", f"model={model}", table.ROWS[0])
+    llm = step.cfg.llm
+    depths = [stage.layer / len(llm.pattern) for stage in llm.transv]
+    assert depths == pytest.approx([7 / 56, 39 / 56], abs=1 / 50)
+    assert llm.layers[llm.transv[1].layer][0] == "attention"
+    if "M" not in llm.pattern:
+        assert not any(stage.layer % 2 for stage in llm.transv)
+
+
+def test_lora_trains_pairs_projector_and_transv_alone():
+    step = make_step("stage2_video", "lora,frames=144", table.ROWS[0])
+    state, frozen, _ = step.arguments
+    pairs = {path for path in state.params if is_lora(path)}
+    assert {path.split("/")[0] for path in state.params.keys() - pairs} == {
+        "projector",
+        "llm",
+    }
+    others = {path for path in state.params.keys() - pairs if path.startswith("llm/")}
+    assert others and all(path.startswith("llm/transv/") for path in others)
+    matrices = {path.rpartition("/")[0] for path in pairs}
+    assert matrices <= frozen.keys() and len(pairs) == 2 * len(matrices) == 2 * 12
+    assert state.params["llm/mlp/mixer/up/kernel/lora_a"].shape == (25, 4480, 128)
+
+
+def test_an_unknown_model_is_an_error():
+    with pytest.raises(ValueError, match="model='nano_13b' is not one of"):
+        get_config("stage1_align", "model=nano_13b")
 
 
 @pytest.mark.parametrize("arg", ["long", "arm=drop,long"])

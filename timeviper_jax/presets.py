@@ -82,7 +82,7 @@ NANO_12B = dataclasses.replace(
     pattern="M-M-M-M*" + 5 * "-M-M-M-M*" + "-M-M-M-M-",
     embed_dim=5120,
     mlp_dim=20_480,
-    transv=(),  # The paper names no layers for it; the 9B's do not all attend here.
+    transv=(),  # The paper names no layers for it; configs/common.py has ours.
 )
 
 NEMOTRON_H_8B = dataclasses.replace(

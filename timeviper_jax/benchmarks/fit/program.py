@@ -1,6 +1,7 @@
 """A run's training step as a program that nobody runs: arguments without values."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -16,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 from timeviper_jax import sharding
 from timeviper_jax.data.examples import Batch
 from timeviper_jax.data.tokenizer import ByteTokenizer
+from timeviper_jax.layers.lora import init as init_lora
+from timeviper_jax.layers.lora import merged
 from timeviper_jax.timeviper import TimeViperConfig
 from timeviper_jax.training import experiment, guard
 from timeviper_jax.training.experiment import StageConfig, TextTask
@@ -98,6 +101,9 @@ def make(
     cfg = experiment.model_config(**model).with_transv(stage.transv)
     experiment.check_mesh(cfg, stage, mesh)
     graph, shapes = experiment.describe(cfg)
+    lora = experiment.lora_config(config)
+    pairs = jax.eval_shape(lambda: init_lora(shapes, lora, 0))
+    shapes = {**shapes, **pairs}
     moving = stage.moving(shapes)
     params = {path: shapes[path] for path in shapes if path in moving}
     frozen = {path: shapes[path] for path in shapes if path not in moving}
@@ -121,6 +127,7 @@ def make(
         run=make_train_step(
             *(graph, stage.task.objective(ByteTokenizer()), optimizer),
             accumulate=stage.accumulate,
+            adapt=functools.partial(merged, cfg=lora),
             guard_config=guard_cfg,
         ),
     )
