@@ -269,6 +269,7 @@ _FRAMES_AT_ONCE = 32
 _WORD_SHARPNESS = 10.0
 
 
+@jax.named_scope("vision")
 def _encode(
     vision: nnx.Module, frames: Num[Array, "*B H W C"], *, cfg: TimeViperConfig
 ) -> Float[Array, "*B V E"]:
@@ -290,6 +291,7 @@ def _encode_in_turn(
     return features.reshape(B, F, *features.shape[2:])
 
 
+@jax.named_scope("projector")
 def _project(
     projector: nnx.Module,
     *args: Any,

@@ -1,8 +1,12 @@
-"""Which steps are traced."""
+"""Which steps are traced, and by which names their operations go."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from tests.training import mini
 from timeviper_jax.training import xprof
+from timeviper_jax.training.parameters import merge
 from timeviper_jax.training.xprof import Trace, read_steps
 
 
@@ -58,3 +62,17 @@ def test_by_default_nothing_is_traced(told):
     _make(trace, 1, 3, told)
     trace.close()
     assert told == [1, 2, 3]
+
+
+def test_a_trace_can_tell_the_parts_of_the_model_apart():
+    """Forward, and in the backward pass of those that something learns before."""
+    graph, params = mini.make_model()
+
+    def loss(params, batch):
+        return mini.make_objective()(merge(graph, params), batch)["loss"].total
+
+    batch = jax.tree.map(jnp.asarray, mini.make_batch(2))
+    text = jax.jit(jax.grad(loss)).lower(params, batch).as_text(debug_info=True)
+    parts = ("vision", "projector", "mamba", "attention", "mlp", "transv", "head")
+    for part in parts:
+        assert f"jvp({part})" in text and f"transpose(jvp({part}))" in text, part

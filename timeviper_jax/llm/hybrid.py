@@ -473,18 +473,19 @@ class HybridLM(nnx.Module):
         self, kind: str, block: Block, x: Float[Array, "B T D"], layout: Layout
     ) -> Float[Array, "B T D"]:
         """The mixer output of a block that sees whole rows, on each device's shards."""
-        if sharding.active_mesh() is None:
-            return block.mix(x, layout)
-        return sharding.on_shards(
-            lambda block, *args: sharding.sum_shards(block.mix(*args), "tensor"),
-            {f"llm/{kind}": block},
-            x,
-            layout.cut(sharding.context_axis()),
-            in_specs=(sharding.TOKENS, sharding.TOKENS),
-            out_specs=sharding.TOKENS,
-            dtype=self.cfg.dtype,
-            stacked=True,
-        )
+        with jax.named_scope(kind):
+            if sharding.active_mesh() is None:
+                return block.mix(x, layout)
+            return sharding.on_shards(
+                lambda block, *args: sharding.sum_shards(block.mix(*args), "tensor"),
+                {f"llm/{kind}": block},
+                x,
+                layout.cut(sharding.context_axis()),
+                in_specs=(sharding.TOKENS, sharding.TOKENS),
+                out_specs=sharding.TOKENS,
+                dtype=self.cfg.dtype,
+                stacked=True,
+            )
 
     def block(self, kind: str, index: int | Int[Array, ""]) -> Block:
         """One block out of its stack."""
@@ -493,6 +494,7 @@ class HybridLM(nnx.Module):
 
     # TransV.
 
+    @jax.named_scope("transv")
     def thin(
         self,
         stage_index: int,

@@ -22,6 +22,7 @@ _VOCABULARY = ("tensor", "fsdp", "context")
 _TOKENS = ("fsdp", "context")
 
 
+@jax.named_scope("head")
 def cross_entropy(
     hidden: Float[Array, "B A D"],
     head: Float[Array, "D vocab"],
