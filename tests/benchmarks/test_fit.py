@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
@@ -13,8 +14,17 @@ from pallas_kernels.bench import compiled
 from pallas_kernels.chips import CHIPS
 from timeviper_jax import sharding
 from timeviper_jax.benchmarks.fit import __main__ as command
-from timeviper_jax.benchmarks.fit import hlo, least, prefill, program, report, table
+from timeviper_jax.benchmarks.fit import (
+    hlo,
+    least,
+    lengths,
+    prefill,
+    program,
+    report,
+    table,
+)
 from timeviper_jax.benchmarks.prefill import settings
+from timeviper_jax.training.arithmetic import step_flops
 
 SMOKE = "configs/stage2_video.py:smoke"
 
@@ -193,19 +203,61 @@ def test_a_row_of_the_table_is_of_the_chips_or_says_why_not():
     assert cells[2].endswith(" (layer inputs)")
 
 
+def test_all_but_attention_is_so_much_a_frame():
+    def parts(frames):
+        config = program.read_config(SMOKE)
+        config["stages"]["instruct"]["task"]["num_frames"] = frames
+        step = program.make(config, report.devices_without("v5p:1", {}), rows=2)
+        attention = lengths.attention_flops(step)
+        whole = step_flops(step.cfg, step.stage, step.arguments.state.params)
+        return np.array([whole - attention, attention])
+
+    (first, attention), (second, more) = np.diff(
+        [parts(n) for n in (8, 16, 24)], axis=0
+    )
+    assert first == second > 0
+    # Rows of 152 to 216 tokens, of which the layers of attention see 136, 152, 168 and
+    # 128, 136, 144: two products forward, and two for each one's gradients.
+    pairs = lambda n: n * (n + 1) // 2
+    want = pairs(152) - pairs(136) + pairs(136) - pairs(128)
+    assert attention == 2 * 2 * 3 * 2 * 4 * 8 * want < more
+
+
+def test_lengths_are_of_a_step_of_the_same_tokens():
+    config = program.read_config("configs/stage2_video.py:transv=false")
+    found = lengths.cost(config, 32_768)
+    assert (found["tokens_per_row"], found["frames"], found["rows"]) == (
+        32768,
+        1920,
+        20,
+    )
+    assert found["layer_input_kb_per_token"] == round(56 * 4480 * 2 / 1e3, 1)
+    cells = lengths.line(found | {"temp_kb_per_token": 1.5}).split(" | ")
+    assert len(cells) == 6 and cells[-1] == "1.5 |"
+
+
 def test_a_config_says_which_inference_to_compile():
     config = program.read_config("configs/stage2_video.py:frames=512,transv=false")
     setting = settings.make(**prefill.setting_of(config))
     assert (setting.frames, setting.sizes.llm.transv) == (512, ())
+    # The preset has no TransV of its own.
+    config = program.read_config("configs/stage2_video.py:model=nano_12b")
+    setting = settings.make(**prefill.setting_of(config))
+    assert [stage.layer for stage in setting.sizes.llm.transv] == [7, 43]
 
 
-def test_what_is_asked_for_wrongly_is_said(monkeypatch):
+def test_what_is_asked_for_wrongly_is_said(monkeypatch, capsys):
     with pytest.raises(ValueError, match="try v5p:4x4x4"):
         report.chip_of("v3:8")
     with pytest.raises(ValueError, match="no config 'nowhere.py'"):
         program.read_config("nowhere.py:frames=4")
     with pytest.raises(SystemExit):
         command.parse(["--config", "a", "--topology", "b", "--mesh", "fsdp:8"])
+    with pytest.raises(SystemExit):
+        command.parse(
+            ["--config", "a", "--topology", "b", "--prefill", "--mesh", "tensor=8"]
+        )
+    assert "inference runs on one chip" in capsys.readouterr().err
     monkeypatch.setattr(compiled, "available", lambda: False)
     monkeypatch.setattr(
         sys,

@@ -6,7 +6,8 @@ python -m timeviper_jax.benchmarks.fit --config configs/stage2_video.py:frames=1
 Needs the TPU compiler (pip install libtpu), and no chip. docs/pods.md says what the
 lines mean. What cannot fit is said at once, before anything is compiled;
 --arithmetic says only what a chip must hold and take in, in seconds. --prefill
-compiles inference of one video on one chip instead: no --mesh then.
+compiles inference of one video instead, with the config's TransV: it runs on one chip,
+as no cache of a language model is split over a mesh yet.
 """
 
 import argparse
@@ -46,6 +47,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args(arguments)
+    if options.prefill and (options.mesh or options.rows):
+        parser.error(
+            "inference runs on one chip, one video at a time: leave out --mesh and"
+            " --rows with --prefill."
+        )
     if not options.prefill and not options.mesh:
         parser.error("a training step needs --mesh, such as --mesh fsdp=64.")
     return options

@@ -1,6 +1,8 @@
 """Whether inference fits one chip: a config's longest video, and a first question.
 
-`benchmarks.prefill` compiles every program of it; here is what they come to.
+The language model and its caches are on one chip alone: only the encoder takes a mesh
+(`inference.encode`), as frames are encoded apart. `benchmarks.prefill` compiles every
+program of it; here is what they come to.
 """
 
 import resource
@@ -19,7 +21,7 @@ def setting_of(config: Mapping[str, Any]) -> dict[str, Any]:
     stage = config["stages"][config["stage_order"][-1]]
     return {
         "preset": config["model"]["preset"],
-        "transv": bool(stage["transv"]),
+        "transv": stage["transv"],
         "frames": stage["task"]["num_frames"],
         "batch": _FRAMES_AT_ONCE,
         "viewer": {},

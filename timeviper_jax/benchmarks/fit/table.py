@@ -28,12 +28,18 @@ class Row(NamedTuple):
     mesh: str
     rows: int
     frames: int
+    config: str = CONFIG
+
+    @property
+    def named(self) -> str:
+        """The config with its argument."""
+        return f"{self.config}{',' if ':' in self.config else ':'}frames={self.frames}"
 
     @property
     def command(self) -> list[str]:
         """The arguments of `fit`."""
         return [
-            *("--config", f"{CONFIG}:frames={self.frames}"),
+            *("--config", self.named),
             *("--topology", self.topology, "--mesh", self.mesh),
             *("--rows", str(self.rows), "--json"),
         ]

@@ -1,24 +1,33 @@
 """The settings that are measured, by a few plain values."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from timeviper_jax import presets
 from timeviper_jax.benchmarks.prefill.calls import Setting
 from timeviper_jax.inference.reader import LARGE, ViewerConfig
+from timeviper_jax.llm.transv import Stage
 from timeviper_jax.timeviper import TimeViperConfig
 from timeviper_jax.vision.pair import replace_each
 
 
 def make(
-    *, preset: str, transv: bool, frames: int, batch: int, viewer: dict[str, int]
+    *,
+    preset: str,
+    transv: bool | Sequence[Mapping[str, Any]],
+    frames: int,
+    batch: int,
+    viewer: dict[str, int],
 ) -> Setting:
     """A preset in the dtype of its language model, with or without its TransV.
 
-    `viewer` changes what suits a model of this size.
+    `transv` may also be other stages than the preset's, each as its fields; `viewer`
+    changes what suits a model of this size.
     """
     sizes = in_one_dtype(presets.find_config(preset))
-    if not transv:
-        sizes = sizes.with_transv(())
+    if transv is not True:
+        sizes = sizes.with_transv(tuple(Stage(**stage) for stage in transv or ()))
     suited = dataclasses.replace(viewer_of(sizes), **viewer)
     return Setting(sizes=sizes, viewer=suited, frames=frames, batch=batch)
 
