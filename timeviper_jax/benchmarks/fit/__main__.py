@@ -13,12 +13,21 @@ as no cache of a language model is split over a mesh yet.
 import argparse
 import json
 import os
+import pathlib
 import sys
+import tempfile
+from typing import Any
 
 from pallas_kernels.bench import compiled
 
-# The compiler reads its options once. With this fusion it cannot say what it made.
-_OPTIONS = {"LIBTPU_INIT_ARGS": "--xla_tpu_enable_async_collective_fusion=false"}
+# The compiler reads its options once. It writes down what it made as it goes: asked
+# afterwards, it cannot tell of steps that it gave to sparse cores.
+_OPTIONS = (
+    "--xla_tpu_enable_async_collective_fusion=false",
+    "--xla_jf_dump_hlo_text=true",
+    "--xla_jf_dump_llo_text=false",
+    "--xla_jf_dump_llo_pass_label_regex=none",
+)
 
 
 def axes(text: str) -> dict[str, int]:
@@ -57,23 +66,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def find(options: argparse.Namespace, texts: pathlib.Path) -> dict[str, Any]:
+    """The report; the compiler writes its programs into `texts`."""
+    # Later than the environment, which JAX reads when it is imported.
+    from timeviper_jax.benchmarks.fit import prefill, program, report
+
+    config = program.read_config(options.config)
+    if options.prefill:
+        return prefill.fit(config, options.topology)
+    asked = config, options.topology, options.mesh
+    if options.arithmetic:
+        return report.reckon(*asked, rows=options.rows)
+    return report.fit(*asked, rows=options.rows, texts=texts)
+
+
 def main() -> None:
     options = parse()
     if not options.arithmetic and not compiled.available():
         sys.exit("The TPU compiler is not installed: pip install libtpu.")
-    os.environ.update(compiled.ENVIRONMENT | _OPTIONS)
-    # Later than the environment, which JAX reads when it is imported.
-    from timeviper_jax.benchmarks.fit import prefill, program, report
-
-    try:
-        config = program.read_config(options.config)
-        if options.prefill:
-            found = prefill.fit(config, options.topology)
-        else:
-            run = report.reckon if options.arithmetic else report.fit
-            found = run(config, options.topology, options.mesh, rows=options.rows)
-    except ValueError as error:
-        sys.exit(str(error))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = " ".join([*_OPTIONS, f"--xla_jf_dump_to={folder}"])
+        os.environ.update(compiled.ENVIRONMENT, LIBTPU_INIT_ARGS=arguments)
+        try:
+            found = find(options, pathlib.Path(folder))
+        except ValueError as error:
+            sys.exit(str(error))
     if options.json:
         print(json.dumps(found))
         return

@@ -53,7 +53,7 @@ def read(text: str, shares: Shares | None = None) -> Exchanges:
     """The exchanges of a program.
 
     Args:
-      text: As a compiled program's `as_text()` gives it.
+      text: As the compiler writes a program.
       shares: Where it is not said how often branches are taken, the dearest counts.
     """
     return _Reader(text, shares or {}).run()

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import pathlib
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,16 @@ from timeviper_jax.benchmarks.fit.program import GIB, Program
 
 
 def fit(
-    config: Mapping[str, Any], topology: str, axes: Mapping[str, int], *, rows: int = 0
+    config: Mapping[str, Any],
+    topology: str,
+    axes: Mapping[str, int],
+    *,
+    rows: int = 0,
+    texts: pathlib.Path,
 ) -> dict[str, Any]:
     """A report of a config's last stage on a mesh of chips that are not there.
+
+    The compiler was told, by its environment, to write what it makes into `texts`.
 
     Raises:
       ValueError: The mesh does not divide something, or the step cannot fit.
@@ -39,7 +47,7 @@ def fit(
     spent = time.monotonic() - before, _cpu_seconds() - cpu
     once = program.make(config, mesh, rows=rows, remat=False).trace()
     counts = flops.count(traced.jaxpr), flops.count(once.jaxpr)
-    exchanges = hlo.read(compiled.as_text(), branch_shares(step))
+    exchanges = hlo.read(_text(texts), branch_shares(step))
     return {
         "topology": topology,
         "mesh": dict(mesh.shape),
@@ -209,6 +217,12 @@ def _largest(found: Sequence[hlo.Exchange], number: int = 8) -> list[hlo.Exchang
         same[dataclasses.replace(one, times=0)] += one.times
     whole = [dataclasses.replace(one, times=times) for one, times in same.items()]
     return sorted(whole, key=lambda one: -one.bytes * one.times)[:number]
+
+
+def _text(texts: pathlib.Path) -> str:
+    """The program as the compiler left it."""
+    (path,) = texts.glob("*-TLP-hlo.txt")
+    return path.read_text(encoding="utf-8")
 
 
 def _cpu_seconds() -> float:
