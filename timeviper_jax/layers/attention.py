@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import attention
 from pallas_kernels.attention.context_parallel import attention_sharded
+from pallas_kernels.platform import target_platform
 from timeviper_jax.layers.cache import KVCache, Slots
 from timeviper_jax.layers.layout import Layout
 from timeviper_jax.layers.rope import rotate
@@ -176,7 +177,8 @@ def _write(
     at: Int[Array, ""],
 ) -> Float[Array, "A B K C H"]:
     new = jnp.swapaxes(new, 1, 2)[None].astype(slots.dtype)
-    if new.shape[3] == 1 and slots.shape[3] % _TILE == 0:
+    tiled = target_platform() == "tpu" and slots.shape[3] % _TILE == 0
+    if new.shape[3] == 1 and tiled:
         return _write_one(slots, new, index, at)
     return jax.lax.dynamic_update_slice(slots, new, (index, 0, 0, at, 0))
 
@@ -194,7 +196,7 @@ def _write_one(
     """Writes the tile that the token is in.
 
     For a token within a tile XLA on TPU would turn the caches around, as a second copy,
-    so that each token is a tile.
+    so that each token is a tile. XLA on CPU would copy the caches for each tile.
     """
     tiles = einops.rearrange(slots, "A B K (c t) H -> A B K c t H", t=_TILE)
     start = index, 0, 0, at // _TILE, 0, 0
