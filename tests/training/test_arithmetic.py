@@ -5,14 +5,21 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from configs import stage2_video
+from pallas_kernels.attention import api
 from tests.training import mini
 from timeviper_jax import flops
 from timeviper_jax.llm.transv import Stage
 from timeviper_jax.training import experiment
 from timeviper_jax.training.arithmetic import step_flops
 from timeviper_jax.training.parameters import merge
+from timeviper_jax.vision.dinov2 import DinoV2Config
+from timeviper_jax.vision.encoder import make_encoder
+from timeviper_jax.vision.internvideo2 import InternVideo2Config
+from timeviper_jax.vision.pair import PairConfig, PairProjectorConfig
+from timeviper_jax.vision.vit import VitConfig
 
 ROWS = 2
 LLM = mini.CONFIG.llm
@@ -134,6 +141,47 @@ def test_an_encoder_that_stands_still_counts_once():
     tokens = ROWS * mini.FRAMES * mini.CONFIG.tokens_per_frame
     whole = needed(cfg, cached) + 3 * once - pixels + 2 * tokens * first[0] * first[1]
     assert needed(cfg, make_stage()) == whole
+
+
+SIZES = dict(
+    image_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, mlp_dim=48
+)
+ENCODERS = [VitConfig(**SIZES), DinoV2Config(**SIZES), InternVideo2Config(**SIZES)]
+
+
+def seen(vision, projector=mini.CONFIG.projector):
+    """What these encoders take to see the frames of a step."""
+    cfg = dataclasses.replace(config("-"), vision=vision, projector=projector)
+    frozen = (r"^vision/",)
+    return needed(cfg, make_stage(frozen)) - needed(
+        cfg, make_stage(frozen, cached=True)
+    )
+
+
+@pytest.mark.parametrize("cfg", ENCODERS, ids=lambda cfg: type(cfg).__name__)
+def test_encoders_count_all_of_their_tokens(cfg, monkeypatch):
+    """As their programs do, where sums over attention's weights are products too."""
+    monkeypatch.setattr(api, "_preferred", lambda *_, **__: ("xla",))
+    graph, params = nnx.split(
+        nnx.eval_shape(lambda: make_encoder(cfg, rngs=nnx.Rngs(0)))
+    )
+    clip = cfg.clip_frames
+    passes = ROWS * mini.FRAMES // clip
+    shape = (passes, *((clip,) if clip > 1 else ()), 16, 16, 3)
+    frames = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    run = jax.jit(lambda params, frames: nnx.merge(graph, params)(frames))
+    tokens = clip * cfg.num_tokens + cfg.own_tokens
+    sums = 2 * (cfg.depth - 1) * passes * cfg.num_heads * tokens**2
+    assert seen(cfg) + sums == flops.count(run.trace(params, frames).jaxpr).flops
+
+
+def test_two_encoders_both_see():
+    one = mini.CONFIG.projector
+    first, second, _ = ENCODERS
+    both = PairProjectorConfig(first=one, second=one)
+    assert seen(PairConfig(first=first, second=second), both) == seen(first) + seen(
+        second
+    )
 
 
 def test_the_9b_takes_what_its_parameters_say():
