@@ -23,6 +23,7 @@ import os
 import pathlib
 import platform
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -38,7 +39,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from timeviper_jax.benchmarks import trial
+from timeviper_jax.benchmarks import paired, trial
 from timeviper_jax.data import manifest
 from timeviper_jax.data.examples import Batch, collate
 from timeviper_jax.data.images import Fit
@@ -52,7 +53,6 @@ from timeviper_jax.data.workers import Decoder, LocalDecoder, WorkerConfig, Work
 
 _CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 _PHOTOS = ("astronaut", "coffee")
-_MOST = 0.03
 # So near each other that nothing is sought, which the plain way cannot.
 _FRAMES_PER_SECOND, _FRAMES = 4, 40
 
@@ -176,22 +176,6 @@ def processor_seconds() -> float:
     return total
 
 
-def compare(taken: Seconds, plain: str = "plain") -> dict[str, Any]:
-    """Each way beside the plain one of its round: the median, and where it may lie."""
-    base, rng = np.array(taken[plain]), np.random.default_rng(0)
-    found: dict[str, Any] = {f"{plain}_seconds": round(float(np.median(base)), 5)}
-    for name in taken.keys() - {plain}:
-        shares = np.array(taken[name]) / base - 1
-        drawn = np.median(rng.choice(shares, (2_000, len(shares))), axis=1)
-        low, high = np.quantile(drawn, (0.025, 0.975))
-        found[name] = dict(
-            median=round(float(np.median(shares)), 4),
-            interval=[round(float(low), 4), round(float(high), 4)],
-            ok=bool(high <= _MOST),
-        )
-    return found
-
-
 def measure(work: Work, rounds: int) -> dict[str, dict[str, Any]]:
     """Shares of time that limits and workers cost, alone and together."""
     cores = os.cpu_count() or 1
@@ -222,7 +206,13 @@ def measure(work: Work, rounds: int) -> dict[str, dict[str, Any]]:
         alone = alternate(rounds, bind(one), work.items, processor_seconds)
         together = alternate(rounds, bind(many), [everything], time.monotonic)
     pool.close()
-    return dict(alone=compare(alone), together=compare(together))
+    return {
+        name: dict(
+            plain_seconds=round(statistics.median(taken["plain"]), 5),
+            **paired.shares(taken, "plain"),
+        )
+        for name, taken in dict(alone=alone, together=together).items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

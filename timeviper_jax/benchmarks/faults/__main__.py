@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from timeviper_jax.benchmarks import trial
-from timeviper_jax.benchmarks.faults import damage, devices, kills, places
+from timeviper_jax.benchmarks.faults import cost, damage, devices, kills, places
 from timeviper_jax.benchmarks.faults.training import Run, Setting
 from timeviper_jax.data import shapes
 from timeviper_jax.training.checkpoint import versions
@@ -46,7 +46,7 @@ def faults(
         "hang": part(damage.hang, setting, limit=20.0),
         "nan": part(devices.inject, "nan", setting, unbroken),
         "meshes": part(devices.inject, "meshes", setting, unbroken, devices=8),
-        "cost": part(devices.inject, "cost", setting, unbroken, steps=100),
+        "cost": part(cost.inject, setting, unbroken),
     }
     if short:  # The others compile anew, or tests have their like.
         return {name: chosen[name] for name in ("kills", "files", "full_disk")}
