@@ -6,12 +6,14 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
+from PIL import Image
 
 import train
 from configs import stage2_video
@@ -19,6 +21,8 @@ from timeviper_jax import sharding
 from timeviper_jax.conversion import __main__ as conversion
 from timeviper_jax.conversion.files import open_files
 from timeviper_jax.conversion.folder import save_published
+from timeviper_jax.data import shapes
+from timeviper_jax.data.quarantine import Quarantine
 from timeviper_jax.llm.transv import Stage
 from timeviper_jax.training import experiment
 from timeviper_jax.training.checkpoint import (
@@ -233,6 +237,65 @@ def test_a_run_that_is_not_there_is_an_error(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere holds no run"):
         train.run(c, str(tmp_path / "run"))
     assert not pathlib.Path(c.init_from).exists()
+
+
+def _deadly_config(folder, memory_bytes):
+    """A run whose fifth item asks a worker for 144 MB.
+
+    Draws 4 and 7 are of it, and what replaces it in draw 4 at first.
+    """
+    c = _config(folder)
+    c.seed, c.checkpoint_every, c.max_redone = 3, 2, 2
+    c.data.workers.update(count=1, memory_bytes=memory_bytes)
+    return c
+
+
+@pytest.mark.slow
+def test_a_resumed_run_makes_the_choices_of_one_whose_worker_died(
+    tmp_path, monkeypatch, caplog
+):
+    shapes.make(tmp_path / "data")
+    Image.new("RGB", (6_000, 6_000)).save(tmp_path / "data" / "large.png")
+    items = json.loads((tmp_path / "data" / "videos.json").read_text())
+    items.append({**items[0], "id": "large", "image": "large.png"})
+    (tmp_path / "data" / "videos.json").write_text(json.dumps(items))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    last_steps = {(4, 0), (4, 1), (7, 0)}
+    died: set[tuple[int, int]] = set()
+    all_died, add, write = threading.Event(), Quarantine.add, MetricsWriter.write
+
+    def add_and_tell(self, path, position, attempt):
+        add(self, path, position, attempt)
+        died.add((position, attempt))
+        if died >= last_steps:
+            all_died.set()
+
+    monkeypatch.setattr(Quarantine, "add", add_and_tell)
+    train.run(_deadly_config(tmp_path, 1 << 27), str(whole))
+    assert "asked for more than 0.125 GiB of memory" in caplog.text
+    assert [line["samples_replaced"] for line in _metrics(whole)] == [0, 0, 2, 3]
+    all_died.clear()
+    died.clear()
+
+    def write_and_ask(self, step, *args, **labels):
+        write(self, step, *args, **labels)
+        if step == 1:
+            assert all_died.wait(60)  # Input for the last steps has been read ahead.
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "write", write_and_ask)
+    with pytest.raises(SystemExit):
+        train.run(_deadly_config(tmp_path, 1 << 27), str(stopped))
+    monkeypatch.setattr(MetricsWriter, "write", write)
+    saved = stopped / "checkpoints" / "2" / "input" / "process_0-of-1.json"
+    deaths = json.loads(saved.read_text())["deaths"]["0"]
+    assert {tuple(death[1:]) for death in deaths} >= last_steps
+    # With as much memory no worker would die.
+    caplog.clear()
+    train.run(_deadly_config(tmp_path, 4 << 30), str(stopped))
+    assert "large.png: in quarantine" in caplog.text
+    _assert_same_run(stopped, whole)
 
 
 def _lora_config(folder):

@@ -331,6 +331,13 @@ def test_a_resumed_run_makes_the_choices_of_one_in_which_a_worker_died(
     assert unaware.bad == 0
 
 
+def test_an_input_of_before_there_was_a_quarantine_is_refused(dozen):
+    batches = make_batches(config(dozen), TOKENIZER, seed=0)
+    old = {"parent": {"parent": {"next_index": 7}, "next_row": 1}, "skipped": 0}
+    with pytest.raises(ValueError, match="a version without lanes and quarantine"):
+        batches.set_state(old)
+
+
 def test_data_that_is_bad_throughout_is_an_error(write):
     path = write([item(i, image="missing.mp4") for i in range(3)])
     batches = make_batches(config(path), TOKENIZER, seed=0)

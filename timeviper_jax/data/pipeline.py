@@ -178,6 +178,12 @@ class Batches(NamedBatches[Batch]):
         return {**super().get_state(), **counts, "deaths": deaths}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        if "deaths" not in state:
+            raise ValueError(
+                "The input was saved by a version without lanes and quarantine, so its"
+                " batches cannot be gone on with; begin a run with its parameters"
+                " (init_from)."
+            )
         # First of all: what is read ahead from here on is to know of it.
         for lane, quarantine in self._quarantines.items():
             quarantine.restore(state["deaths"].get(str(lane), ()))
