@@ -32,7 +32,6 @@ from timeviper_jax import sharding
 from timeviper_jax.conversion import folder as converted
 from timeviper_jax.data import (
     frames,
-    manifest,
     needle_builder,
     needles,
     pipeline,
@@ -82,6 +81,7 @@ _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST
 MAY_CHANGE = {
     *("log_every", "checkpoint_every", "max_redone", "keep_checkpoints", "keep_best"),
     *("validation", "limits", "mesh", "data.num_threads", "data.workers"),
+    "data.urls",
 }
 
 
@@ -193,7 +193,7 @@ def encode_missing(
 
     A video that cannot be read is noted there, and its samples are replaced.
     """
-    items = manifest.load(data.manifest, data.split, root=data.root)
+    items = pipeline.load_items(data)
     paths = {path for item in items for path in item.media}
     missing = {path for path in paths if store.lacks(path)}
     if not missing:

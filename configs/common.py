@@ -30,6 +30,17 @@ MEDIA = dict(
 # threads of the input itself, for data that are trusted.
 WORKERS = dict(count=0, memory_bytes=4 << 30, cpu_seconds=120, wall_seconds=1_200)
 
+# From where media may be fetched that a manifest names by URL, each as the beginning of
+# URLs ("https://host/clips/"); to where, and how much at most.
+URLS = dict(
+    allow=(),
+    folder="data/fetched",
+    max_bytes=1 << 30,
+    max_folder_bytes=1 << 40,
+    seconds=600,
+    threads=8,
+)
+
 # What goes with a language model: the tokenizer that its checkpoint comes with, its
 # template, and where TransV stands. The 9B's layers are the paper's, which names none
 # for the others. Theirs are ours, at the same depth: 1/8 and 7/10 of the layers, the

@@ -24,7 +24,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import GUARD, LIMITS, MEDIA, WORKERS, parse_arg
+from configs.common import GUARD, LIMITS, MEDIA, URLS, WORKERS, parse_arg
 
 WORDS = (
     *("nothing", "astronaut", "camera", "cat", "coffee", "coin"),
@@ -73,6 +73,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         max_bad_share=0.05,  # Of the samples drawn; more unreadable media end the run.
         media=dict(MEDIA),
         workers=dict(WORKERS),
+        urls=dict(URLS),
     )
     c.optimizer = dict(
         muon=True,

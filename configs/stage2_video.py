@@ -23,7 +23,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import GUARD, LIMITS, MEDIA, WORKERS, find_model, parse_arg
+from configs.common import GUARD, LIMITS, MEDIA, URLS, WORKERS, find_model, parse_arg
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -60,6 +60,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         max_bad_share=0.05,  # Of the samples drawn; more unreadable media end the run.
         media=dict(MEDIA),
         workers=dict(WORKERS),
+        urls=dict(URLS),
     )
     c.optimizer = dict(
         muon=False,

@@ -6,20 +6,17 @@ own. Files are known by their content, encoders by a fingerprint, so that neithe
 moved file nor a retrained encoder ever yields another's features.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
 import pathlib
-import tempfile
-from collections.abc import Iterator
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float16, Float64
 
 from timeviper_jax.data.feature_file import FeatureFile, GrowingFile
 from timeviper_jax.data.video import Number, VideoError, probe
+from timeviper_jax.data.whole_file import new_file
 
 _OPEN_FILES = 1024
 _REFUSED = ".refused"  # Ends the name of a note, which stands in the features' place.
@@ -63,7 +60,7 @@ class FeatureStore:
         self, path: str | os.PathLike, features: Float16[np.ndarray, "F V E"]
     ) -> None:
         """Keeps the features of a file's seconds; seen whole or not at all."""
-        with _new(self._place(path)) as file:
+        with new_file(self._place(path)) as file:
             np.save(file, features)
 
     def get(self, path: str | os.PathLike) -> Float16[np.ndarray, "F V E"]:
@@ -144,23 +141,9 @@ class FeatureStore:
         name = hashlib.blake2b(version, digest_size=20).hexdigest()
         note = self._root.with_name("digests") / name
         if not note.exists():
-            with _new(note) as file:
+            with new_file(note) as file:
                 file.write(file_digest(path).encode())
         return note.read_text()
-
-
-@contextlib.contextmanager
-def _new(place: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file that is at `place` once it is whole; one that fails leaves nothing."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
-        part = pathlib.Path(file.name)
-        try:
-            yield file
-            file.flush()
-            part.replace(place)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _map(place: pathlib.Path) -> np.ndarray:

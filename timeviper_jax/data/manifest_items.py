@@ -68,7 +68,7 @@ def _is_id(value: Any) -> bool:
 def _media(
     value: Any, dataset: Dataset, root: Root, limits: ManifestLimits, where: str
 ) -> tuple[str, ...]:
-    """The paths that `value` names, all of them below the data set's folder."""
+    """The paths that `value` names, below the data set's folder, and allowed URLs."""
     names = [name.strip() for name in as_text(value, limits, where).split(" | ")]
     names = [name for name in names if name]
     if len(names) > limits.max_media:
@@ -78,6 +78,10 @@ def _media(
     paths = []
     for name in names:
         with refusing(f"{where}: {name!r:.120}"):
+            if untrusted.is_url(name):
+                untrusted.check_url(name, limits.urls)
+                paths.append(name)
+                continue
             untrusted.check_name(name)
             paths.append(str(pathlib.Path(dataset.data_path) / name))
             root.check(paths[-1])

@@ -26,6 +26,7 @@ class ManifestLimits:
     max_chars: int = 1_000_000  # Of a turn.
     max_media: int = 1_000  # Of an item.
     max_frames: int = 100_000  # That an item lists, or a data set asks of each.
+    urls: tuple[str, ...] = ()  # What a URL of a medium begins with; none: no URLs.
 
 
 LIMITS = ManifestLimits()

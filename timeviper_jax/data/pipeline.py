@@ -19,13 +19,15 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float64
 
-from timeviper_jax.data import lanes, manifest
+from timeviper_jax.data import fetch, lanes, manifest
 from timeviper_jax.data.conversation import TEMPLATES, encode
 from timeviper_jax.data.examples import Batch, Example, RowSize, collate
 from timeviper_jax.data.features import FeatureStore
+from timeviper_jax.data.fetch import UrlConfig
 from timeviper_jax.data.images import Fit
 from timeviper_jax.data.items import Item
 from timeviper_jax.data.iterator import NamedBatches
+from timeviper_jax.data.manifest_rules import ManifestLimits
 from timeviper_jax.data.media import MediaLimits, Number, VideoError, is_image
 from timeviper_jax.data.packing import Load, first_fit
 from timeviper_jax.data.quarantine import Quarantine
@@ -64,6 +66,7 @@ class DataConfig:
     max_bad_share: Number = 1.0  # Of the draws so far, those of unreadable media.
     media: MediaLimits = MediaLimits()
     workers: WorkerConfig = WorkerConfig()
+    urls: UrlConfig = UrlConfig()
 
     def __post_init__(self):
         if self.num_frames > self.clip_frames and self.num_frames % self.clip_frames:
@@ -84,6 +87,13 @@ class DataConfig:
         )
 
 
+def load_items(cfg: DataConfig) -> list[Item]:
+    """The items of the split, their media on this machine."""
+    limits = ManifestLimits(urls=cfg.urls.allow)
+    items = manifest.load(cfg.manifest, cfg.split, root=cfg.root, limits=limits)
+    return fetch.local(items, cfg.urls)
+
+
 def make_batches(
     cfg: DataConfig,
     tokenizer: Tokenizer,
@@ -99,9 +109,7 @@ def make_batches(
         process_index=process_index,
         process_count=process_count,
     )
-    items = manifest.select(
-        manifest.load(cfg.manifest, cfg.split, root=cfg.root), cfg.where
-    )
+    items = manifest.select(load_items(cfg), cfg.where)
     order_seed = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])
     draws = grain.MapDataset.range(len(items)).shuffle(seed=order_seed).repeat()
     # Positions are given out before the lanes part, so they are the global ones.

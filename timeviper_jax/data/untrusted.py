@@ -6,12 +6,15 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# What RFC 3986 lets stand in a URL.
+_PLAIN_URL = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -102,9 +105,27 @@ def check_text(text: str, max_chars: int) -> None:
         raise Refused(f"half a surrogate pair at character {half.start()}")
 
 
+def is_url(name: str) -> bool:
+    """Whether a name would lead to a network, or to wherever its scheme does."""
+    return "://" in name
+
+
+def check_url(url: str, allowed: Sequence[str]) -> None:
+    """Raises `Refused` unless the URL leads below one of those that are allowed."""
+    if not allowed:
+        raise Refused("a URL, but only files are read (data.urls.allow allows some)")
+    if len(url) > 4096 or not _PLAIN_URL.fullmatch(url):
+        raise Refused("no URL as it is written down: percent-encode it")
+    if not url.startswith(tuple(allowed)):
+        raise Refused("not below the URLs that are allowed (data.urls.allow)")
+    path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
+    if ".." in re.split(r"[/\\]", path):
+        raise Refused("leads out of its folder; use a URL without '..'")
+
+
 def check_name(name: str) -> None:
     """Raises `Refused` unless `name` leads further down, as far as links do not."""
-    if "://" in name:
+    if is_url(name):
         raise Refused("a URL, but only files are read; fetch it first")
     if len(name) > 4096 or _CONTROL.search(name) or _SURROGATE.search(name):
         raise Refused("no name of a file")

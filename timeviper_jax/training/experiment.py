@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from timeviper_jax import presets, sharding
 from timeviper_jax.data import pipeline
 from timeviper_jax.data.examples import Batch, Role
+from timeviper_jax.data.fetch import UrlConfig
 from timeviper_jax.data.frames import FrameBatch
 from timeviper_jax.data.media import MediaLimits
 from timeviper_jax.data.tokenizer import Tokenizer
@@ -197,6 +198,7 @@ def text_data(
         max_bad_share=data["max_bad_share"],
         media=MediaLimits(**data["media"]),
         workers=WorkerConfig(**data["workers"]),
+        urls=UrlConfig(**{name: _tuples(v) for name, v in data["urls"].items()}),
     )
 
 
