@@ -321,10 +321,14 @@ def _local_spec(name: str, path: tuple, stacked: bool) -> P:
 def _gather(
     array: Shaped[Array, "..."], spec: P, axes: tuple[str, ...], dtype: str
 ) -> Shaped[Array, "..."]:
-    """Joins a parameter's shards along these axes of the mesh, the innermost first."""
+    """Joins a parameter's shards along these axes of the mesh, the innermost first.
+
+    Programs name it "parameters", and no other exchange.
+    """
     for dim, names in enumerate(spec):
         for name in reversed([name for name in _names(names) if name in axes]):
-            array = lax.all_gather(array.astype(dtype), name, axis=dim, tiled=True)
+            with jax.named_scope("parameters"):
+                array = lax.all_gather(array.astype(dtype), name, axis=dim, tiled=True)
     return array
 
 

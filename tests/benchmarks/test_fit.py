@@ -98,6 +98,8 @@ def test_exchanges_count_as_often_as_their_loops_run():
     }
     (psum,) = [one for one in found.found if one.times == 4]
     assert psum.source == "jit(train_step)/shard_map/psum"
+    gather, *_ = [one for one in found.found if one.kind == "all-gather"]
+    assert (psum.loops, gather.loops) == ((4,), (7,))
 
 
 def test_the_dearest_branch_counts_where_nobody_says_which_is_taken():
@@ -105,6 +107,25 @@ def test_the_dearest_branch_counts_where_nobody_says_which_is_taken():
     assert not found.exact
     assert found.by_kind["all-gather"] == 7 * 32 * 16 * 2 // 2
     assert "collective-permute" not in found.by_kind
+
+
+def _in_loops(source, *trips, kind="all-gather"):
+    return hlo.Exchange(kind=kind, bytes=1, times=1, source=source, loops=trips)
+
+
+def test_only_tokens_in_a_layers_own_loops_are_gathered_in_chunks():
+    """The tiny model's segments are of 1, 5 and 2 layers."""
+    found = [
+        _in_loops("jit(f)/while/body/ssd/all_gather", 5),  # States, once a layer.
+        _in_loops("jit(f)/while/body/while/body/parameters/all_gather", 3, 2),
+        _in_loops("jit(f)/jvp(vision)/while/body/while/body/shard_map", 4, 2),
+        _in_loops("jit(f)/while/body/while/body/ppermute", 5, 8, kind="all-to-all"),
+        _in_loops("jit(f)/while/body/while/body/keys", 5, 5),
+        _in_loops("jit(f)/while/body/words", 8),
+    ]
+    exchanges = hlo.Exchanges(found=tuple(found), exact=True)
+    late = ["jit(f)/while/body/while/body/keys", "jit(f)/while/body/words"]
+    assert report.gathers_in_chunks(make(), exchanges) == late
 
 
 @pytest.mark.parametrize(
@@ -288,3 +309,4 @@ def test_a_step_compiles_for_a_pod():
     assert found["fits"] and 0 < found["bound_mfu"] < 1
     assert found["gib_per_chip"] >= found["argument_gib"]
     assert found["collective_bytes"] and found["compile_cpu_seconds"] > 0
+    assert found["collective_bytes"]["all-gather"] and not found["gathers_in_chunks"]

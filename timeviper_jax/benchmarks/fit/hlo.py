@@ -26,12 +26,16 @@ _WIDTHS = {"pred": 1, "token": 0}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """A collective, the bytes a device takes in each time, and how often it runs."""
+    """A collective, the bytes a device takes in each time, and how often it runs.
+
+    `loops` are the iterations of the loops that it stands in, the outermost first.
+    """
 
     kind: str
     bytes: int
     times: int | float
     source: str
+    loops: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,35 +71,38 @@ class _Reader:
         self._devices = int(found[1]) if found else 1
 
     def run(self) -> Exchanges:
-        found = tuple(self._walk(self._entry, 1, 0))
+        found = tuple(self._walk(self._entry, 1, ()))
         return Exchanges(found=found, exact=self._exact)
 
-    def _walk(self, name: str, times: int | float, trips: int) -> Iterator[Exchange]:
-        """A computation that runs `times`, within a loop of so many iterations."""
+    def _walk(
+        self, name: str, times: int | float, loops: tuple[int, ...]
+    ) -> Iterator[Exchange]:
+        """A computation that runs `times`, within loops of so many iterations."""
         for line in self._computations[name]:
             if found := _COLLECTIVE.search(line):
-                yield self._exchange(name, line, found, times)
+                yield self._exchange(name, line, found, times, loops)
             elif " while(" in line:
                 number = self._iterations(line)
                 for part in ("condition", "body"):
-                    yield from self._walk(_named(part, line), times * number, number)
+                    inner = _named(part, line)
+                    yield from self._walk(inner, times * number, (*loops, number))
             elif " conditional(" in line:
-                yield from self._conditional(line, times, trips)
+                yield from self._conditional(line, times, loops)
             else:
                 for called in _called(line):
                     if called in self._computations:
-                        yield from self._walk(called, times, trips)
+                        yield from self._walk(called, times, loops)
 
     def _conditional(
-        self, line: str, times: int | float, trips: int
+        self, line: str, times: int | float, loops: tuple[int, ...]
     ) -> Iterator[Exchange]:
-        names = _branches(line)
+        names, trips = _branches(line), loops[-1] if loops else 0
         shares = self._shares.get((trips, len(names)))
         if shares is not None:
             for name, taken in zip(names, shares, strict=True):
-                yield from self._walk(name, times * taken / trips, trips)
+                yield from self._walk(name, times * taken / trips, loops)
             return
-        branches = [list(self._walk(name, times, trips)) for name in names]
+        branches = [list(self._walk(name, times, loops)) for name in names]
         sizes = [sum(one.bytes * one.times for one in branch) for branch in branches]
         self._exact &= len(set(sizes)) == 1
         yield from branches[sizes.index(max(sizes))]
@@ -110,7 +117,12 @@ class _Reader:
         return max(numbers, default=1)
 
     def _exchange(
-        self, name: str, line: str, found: re.Match, times: int | float
+        self,
+        name: str,
+        line: str,
+        found: re.Match,
+        times: int | float,
+        loops: tuple[int, ...],
     ) -> Exchange:
         kind, size = found[1], _bytes(line[: found.start()])
         group, started = self._group(line), bool(found[2])
@@ -130,6 +142,7 @@ class _Reader:
             bytes=round(moved),
             times=times,
             source=source[1] if source else name,
+            loops=loops,
         )
 
     def _group(self, line: str) -> int:

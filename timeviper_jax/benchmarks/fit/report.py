@@ -154,6 +154,26 @@ def branch_shares(step: Program) -> hlo.Shares:
     return shares
 
 
+def gathers_in_chunks(step: Program, exchanges: hlo.Exchanges) -> list[str]:
+    """Where tokens are gathered within a layer's own loops, again for each chunk.
+
+    Loops over layers and over parts of a batch may gather: parameters, and states. The
+    encoder, whose loops are others, gathers nothing but parameters: some lose their
+    name where the compiler joins them.
+    """
+    named = ("/parameters/", "vision")
+    passes = {stop - start for start, stop in step.cfg.llm.segments}
+    passes.add(step.stage.accumulate)
+    deepest = 1 + (step.stage.accumulate > 1)
+    found = {
+        one.source
+        for one in exchanges.found
+        if one.kind == "all-gather" and not any(x in one.source for x in named)
+        if len(one.loops) > deepest or not passes.issuperset(one.loops)
+    }
+    return sorted(found)
+
+
 def _memory(step: Program, memory: Any, chip: Chip) -> dict[str, Any]:
     state, frozen, batch = step.arguments
     argument, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -200,6 +220,7 @@ def _speed(
         "collective_ratio": round(
             sum(moved.values()) / max(1, sum(minimum.values())), 2
         ),
+        "gathers_in_chunks": gathers_in_chunks(step, exchanges),
         "exact": done.exact and exchanges.exact,
         "largest_exchanges": [
             dataclasses.asdict(one) for one in _largest(exchanges.found)
