@@ -36,7 +36,7 @@ from timeviper_jax.training.metrics import MetricsWriter
 from timeviper_jax.training.phases import PHASES, Phases
 from timeviper_jax.training.signals import StopRequest
 
-_ROWS = 8
+_ROWS = 16  # A step then takes what it takes in the demo, a third of a second.
 _STEPS = 6  # Of a turn.
 _SAVE_EVERY = 100  # Steps, as in configs/needles.py.
 
