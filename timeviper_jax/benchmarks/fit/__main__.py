@@ -23,7 +23,6 @@ from pallas_kernels.bench import compiled
 # The compiler reads its options once. It writes down what it made as it goes: asked
 # afterwards, it cannot tell of steps that it gave to sparse cores.
 _OPTIONS = (
-    "--xla_tpu_enable_async_collective_fusion=false",
     "--xla_jf_dump_hlo_text=true",
     "--xla_jf_dump_llo_text=false",
     "--xla_jf_dump_llo_pass_label_regex=none",

@@ -48,6 +48,7 @@ class Row(NamedTuple):
 # Rows of 4,352, 32,768 and 163,840 tokens.
 ROWS = (
     Row("v5p:4x4x4", "fsdp=64", 64, 144),
+    Row("v5p:4x4x4", "fsdp=8,context=8", 64, 144),
     Row("v5p:4x4x4", "fsdp=8,context=8", 8, 1920),
     Row("v5p:4x4x4", "fsdp=4,context=16", 4, 10_112),
     Row("v5e:16x16", "fsdp=64,context=4", 64, 144),
